@@ -6,10 +6,15 @@ Every degradation takes and gives (N,3,H,W) in [0,1] and one parameter per image
 result to 8 bits as the published data are: y = jpeg(x, quality=torch.tensor([30, 45, 70])).
 Source: paper, Section 4.1 and the published data_script/add_MiO_train_degradation.py (OpenCV, DiffJPEG).
 """
+import hashlib
 import math
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from mioir import TASKS, reflect_pad
@@ -164,17 +169,21 @@ def streak_kernels(width, length, angle):
     return blur @ streak @ blur.mT
 
 
-def rain_streaks(field, density, width, length, angle):
-    """A layer of rain: (N,1,H,W) in [0,1], in steps of 1/255, 1 at each image's brightest spot.
+def rain_streaks(field, density, width, length, angle, peak=1.0):
+    """A layer of rain: (N,1,H,W) in [0,1], in steps of 1/255, `peak` at each field's brightest spot.
 
     field: (N,1,H,W) uniform random numbers in [0,256); a drop falls where it is among the largest
     density/100 of 256. density: 50..149; width: 3..11 odd, length: 20..40, both in pixels; angle:
-    -45..44 degrees. Normalised over the whole field: give the whole image's, not a small crop's.
+    -45..44 degrees. Normalised over the whole field: give the whole image's, not a small crop's,
+    or a peak below 1 (see RAIN_PEAK).
     """
     n, _, h, w = field.shape
-    density = per_image(density, field, torch.float64)
-    width, length, angle = (per_image(p, field).flatten() for p in (width, length, angle))
-    drops = torch.where(field.double() >= 256 - density / 100, field.double(), 0)
+    density, width, length, angle = (per_image(p, field, torch.float64).flatten()
+                                     for p in (density, width, length, angle))
+    if n > 1 and field.device.type == "cpu":               # one at a time fits the processor's cache
+        each = zip(field.split(1), density, width, length, angle)
+        return torch.cat([rain_streaks(*one, peak=peak) for one in each])
+    drops = torch.where(field.double() >= 256 - density.view(n, 1, 1, 1) / 100, field.double(), 0)
     spot = torch.tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64, device=field.device)
     drops = F.conv2d(reflect_pad(drops, 1, 1, 1, 1), spot[None, None])
     # Correlation with a 40 x 40 kernel, through the Fourier transform: its cost hardly grows with size.
@@ -183,7 +192,7 @@ def rain_streaks(field, density, width, length, angle):
     kernel = torch.fft.rfft2(streak_kernels(width, length, angle), s=size).conj() # conj: no flip
     layer = torch.fft.irfft2(torch.fft.rfft2(drops, s=size) * kernel, s=size)[:, None, :h, :w]
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
-    return ((layer - low) / (high - low).clamp_min(1e-12) * 255 + 1e-9).floor().float() / 255
+    return ((layer - low) / (high - low).clamp_min(1e-12) * (255 * peak) + 1e-9).floor().float() / 255
 
 
 def _fast_size(n):
@@ -219,3 +228,451 @@ def bicubic_x4(x):
     """A quarter of the size and back, both bicubic without antialiasing (torch's own)."""
     small = F.interpolate(x, [max(s // 4, 1) for s in x.shape[2:]], mode="bicubic")
     return quantize(F.interpolate(small, x.shape[2:], mode="bicubic"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Random degradation: draw the parameters, then apply them
+# ---------------------------------------------------------------------------------------------------
+
+_STEPS = {"kernel_size": 2, "width": 2, "density": 1, "length": 1, "angle": 1}    # evenly, in steps
+RAIN_FIELD = 512       # edge of the field from which a training crop's rain is cut, and the brightness
+RAIN_PEAK = 0.87       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
+
+
+def seeded(*numbers):
+    """A torch.Generator whose state depends on all of the numbers and nothing else."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def draw(task, size, split="in", generator=None, n=1, rain_field=None):
+    """Every random number that degrading n images needs: {name: tensor (n,...)} on the CPU.
+
+    size: (H,W) of the images. rain_field: (H,W) of the rain field where it differs.
+    """
+    if task not in RANGES[split]:
+        raise ValueError(f"no {split!r} ranges for task {task!r}; there are {', '.join(RANGES[split])}")
+    drawn = {}
+    for name, (low, high) in RANGES[split][task].items():
+        u = torch.rand(n, generator=generator)
+        step = _STEPS.get(name)
+        if step:
+            drawn[name] = low + step * (u * ((high - low) // step + 1)).floor()
+        else:                          # as published: uniform, then rounded
+            drawn[name] = torch.round(low + u * (high - low), decimals=2 if isinstance(low, float) else 0)
+    if task == "noise":
+        drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
+    if task == "rain":
+        drawn["field"] = torch.rand(n, 1, *(rain_field or size), generator=generator) * 256
+    return drawn
+
+
+def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
+    """Degrades x (N,3,H,W) by what `draw` gave. depth: for haze, (N,1,h,w); depth_max: (N,) or None.
+    A rain field larger than x is rain on a larger canvas with x in its corner."""
+    drawn = {name: value.to(x.device) for name, value in drawn.items()}
+    if task == "rain":
+        streaks = rain_streaks(**drawn, peak=peak)
+        return add_rain(x, streaks[:, :, :x.shape[2], :x.shape[3]])
+    if task == "haze":
+        return add_haze(x, depth.to(x), **drawn, depth_max=depth_max)
+    return {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark": darken,
+            "sr": bicubic_x4}[task](x, **drawn)
+
+
+def depth_prior(height, width, generator=None):
+    """Depth for a photo without a depth map: (1,1,H,W) in (0,1], far at the top, near at the bottom,
+    plus variation of low frequency. Its maximum counts as 1 wherever the image is cropped."""
+    knots = torch.linspace(1, 0.2, 8)[:, None] + 0.15 * torch.randn(8, 8, generator=generator)
+    knots = (knots / knots.max()).clamp_min(0.05)
+    return F.interpolate(knots[None, None], (height, width), mode="bilinear", align_corners=True)
+
+
+def degrade(x, task, split="in", depth=None, generator=None):
+    """A random degradation of whole images, with the paper's ranges.
+
+    x: (N,3,H,W) in [0,1]; task: one of TASKS; split: "in" or "out" (RANGES); depth: (N,1,h,w), used
+    by haze, else depth_prior. Returns (N,3,H,W). Raises ValueError for sr with "out": not published.
+    """
+    n, _, h, w = x.shape
+    drawn = draw(task, (h, w), split, generator, n)
+    if task == "haze" and depth is None:
+        depth = torch.cat([depth_prior(h, w, generator) for _ in range(n)])
+        return apply(x, task, drawn, depth, depth_max=1.0)
+    return apply(x, task, drawn, depth)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Dead leaves: images with true depth from a seed alone
+# ---------------------------------------------------------------------------------------------------
+
+# Natural colours (8-bit RGB): sky, water, foliage, grass, soil, rock, sand, wood, brick, skin, petals.
+_PALETTE = np.array(
+    [(150, 185, 220), (96, 130, 165), (214, 222, 228), (40, 66, 74), (58, 84, 38), (104, 128, 60),
+     (150, 162, 84), (34, 46, 26), (92, 70, 50), (58, 46, 38), (128, 122, 114), (84, 84, 86),
+     (176, 170, 158), (206, 186, 148), (156, 118, 80), (132, 68, 50), (212, 164, 134), (196, 74, 84),
+     (222, 182, 70), (140, 96, 146), (238, 234, 226), (24, 24, 28)], dtype=np.float32) / 255
+
+
+def spectrum_noise(height, width, slope, rng):
+    """Gaussian noise whose amplitude falls as 1/frequency^slope: (H,W), mean 0, deviation 1."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    white = np.fft.rfft2(rng.standard_normal((height, width)))
+    noise = np.fft.irfft2(white * frequency ** -slope, s=(height, width))
+    return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+
+
+def _outline(kind, theta, rng):
+    """Radius of a leaf's outline in direction theta, of about 1."""
+    if kind == "polygon":
+        corner = 2 * np.pi / rng.integers(3, 7)
+        return np.cos(corner / 2) / np.cos((theta % corner) - corner / 2) * 1.2
+    if kind == "box":                                      # a superellipse: between disc and square
+        p = rng.uniform(3, 9)
+        return (np.abs(np.cos(theta)) ** p + np.abs(np.sin(theta)) ** p + 1e-9) ** (-1 / p)
+    if kind == "blob":
+        return 1 + sum(rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7)) for k in range(2, 7))
+    return np.ones_like(theta)                             # "disc"; stretched, an ellipse or a stem
+
+
+def _leaf_texture(u, v, top, left, radius, noises, rng):
+    """Brightness of a leaf's surface around 0: gratings, noise, or nearly nothing; then shading."""
+    kind, strength = rng.random(), rng.uniform(0.01, 0.12)
+    if kind < 0.25:
+        frequency, angle = rng.uniform(1.5, max(radius / 3, 2)), rng.uniform(0, np.pi)
+        texture = np.sin(frequency * np.pi * (u * np.cos(angle) + v * np.sin(angle)) + rng.uniform(0, 7))
+    else:
+        noise = noises[rng.integers(len(noises))]
+        dy, dx = rng.integers(0, noise.shape[0]), rng.integers(0, noise.shape[1])
+        rows = (np.arange(top, top + u.shape[0]) + dy) % noise.shape[0]
+        texture = noise[rows[:, None], (np.arange(left, left + u.shape[1]) + dx) % noise.shape[1]]
+    angle = rng.uniform(0, 2 * np.pi)
+    shading = rng.uniform(0, 0.25) * (u * np.cos(angle) + v * np.sin(angle)) - rng.uniform(0, 0.12) * (u * u + v * v)
+    return strength * texture + shading
+
+
+def dead_leaves(height, width, generator):
+    """A random scene: overlapping shapes, the nearer in front, each with colour, texture and shading.
+
+    Radii follow the power law r^-3, which makes the image scale-invariant as natural images are
+    (Lee, Mumford, Huang, "Occlusion models for natural images", 2001). generator: torch.Generator.
+    Returns image (1,3,H,W) in [0,1], rounded to 8 bits, and its true depth (1,1,H,W) in (0,1].
+    """
+    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
+    noises = [spectrum_noise(height, width, slope, rng) for slope in (0.4, 0.8, 1.3)]
+    palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
+    image, depth = _backdrop(height, width, palette, noises, rng)
+    smallest, largest = np.exp(rng.uniform(np.log(3), np.log(12))), max(height, width) / 2.5
+    # Enough leaves to cover the image about once: the mean area under r^-3 is 2 pi s^2 log(l/s).
+    count = int(height * width / (2 * np.pi * smallest ** 2 * np.log(largest / smallest))) + 8
+    radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
+    for k, radius in enumerate(radii):                                            # from far to near
+        _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
+    image *= np.exp(0.2 * spectrum_noise(height, width, 1.8, rng))[..., None]    # uneven light
+    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
+    image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.6))            # the lens
+    return image, torch.from_numpy(depth)[None, None]
+
+
+def _backdrop(height, width, palette, noises, rng):
+    """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
+    down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
+    image = palette[0] * (1 - down) + palette[1] * down + rng.uniform(0.01, 0.05) * noises[2][..., None]
+    depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))
+    return image.astype(np.float32), depth.astype(np.float32)
+
+
+def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
+    """Paints one leaf over what lies behind it; touches only the rows and columns it reaches."""
+    height, width = depth.shape
+    cy, cx = rng.uniform(-0.1, 1.1) * height, rng.uniform(-0.1, 1.1) * width
+    stretch = np.exp(rng.normal(0, 0.45))
+    reach = 1.6 * radius * max(stretch, 1 / stretch) + 4
+    top, bottom = max(int(cy - reach), 0), min(int(cy + reach) + 1, height)
+    left, right = max(int(cx - reach), 0), min(int(cx + reach) + 1, width)
+    if top >= bottom or left >= right:
+        return
+    y, x = np.arange(top, bottom)[:, None] - cy, np.arange(left, right)[None] - cx
+    angle = rng.uniform(0, np.pi)
+    u = ((np.cos(angle) * x + np.sin(angle) * y) / (radius * stretch)).astype(np.float32)
+    v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
+    kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
+    inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius    # pixels to the edge
+    edge = rng.uniform(0.6, 1.7)                                                  # its blur, in pixels
+    cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]
+    shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
+    texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
+    patch = image[top:bottom, left:right]
+    colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35)) + rng.normal(0, 0.02, 3)
+    colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)                 # akin to its surroundings
+    patch *= 1 - shadow * (1 - cover)                                             # darker beside a leaf
+    patch += cover * (np.clip(colour, 0.02, 1) * (1 + texture) - patch)
+    depth[top:bottom, left:right][cover[..., 0] > 0.5] = leaf_depth
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images: files, and a cache of decoded ones that is read a crop at a time
+# ---------------------------------------------------------------------------------------------------
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def read_image(path):
+    """Any image file -> (H,W,3) uint8 RGB, turned upright by its EXIF tag; grey, palette, CMYK, alpha
+    and 16-bit files are converted. Raises ValueError with a line that names the file."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("F", "I") or image.mode.startswith("I;16"):         # deeper than 8 bits
+                values = np.asarray(image, dtype=np.float64)
+                top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
+                image = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def to_tensor(image):
+    """(H,W,3) uint8 -> (1,3,H,W) float32 in [0,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def to_image(x):
+    """(1,3,H,W) or (3,H,W) in [0,1], clamped and rounded -> (H,W,3) uint8."""
+    x = x[0] if x.ndim == 4 else x
+    return (x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def list_images(folders):
+    """All image files below the folders, sorted. Raises ValueError if a folder is missing or there are none."""
+    files = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; give a folder that holds images")
+        files += sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"{', '.join(map(str, folders))}: no images; looked for {' '.join(SUFFIXES)}")
+    return files
+
+
+def read_depth(path):
+    """A depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, or .mat (`data_obj`)."""
+    try:
+        if path.suffix == ".npy":
+            depth = np.load(path, allow_pickle=False)
+        elif path.suffix == ".mat":
+            try:
+                from scipy.io import loadmat
+            except ImportError:
+                raise ValueError("a .mat file needs scipy, which is not installed; save the maps as .npy") from None
+            depth = loadmat(path)["data_obj"]
+        else:
+            with Image.open(path) as image:
+                depth = np.asarray(image)
+        depth = np.asarray(depth, np.float32)
+        if depth.ndim != 2 or not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
+            raise ValueError("expected one channel of numbers, none negative, some positive")
+        return depth
+    except (OSError, ValueError, KeyError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable depth map ({error})") from None
+
+
+def find_depths(files, folder):
+    """{image path: depth map path or None}, matched by file stem."""
+    if folder is None:
+        return dict.fromkeys(files)
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder; --depth takes a folder of depth maps")
+    maps = {p.stem: p for p in Path(folder).rglob("*") if p.suffix in (".npy", ".png", ".mat")}
+    missing = [p for p in files if p.stem not in maps]
+    if missing:
+        raise ValueError(f"{folder}: no depth map for {missing[0].name}"
+                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    return {p: maps[p.stem] for p in files}
+
+
+def _make_leaves(edge, seed):
+    image, depth = dead_leaves(edge, edge, torch.Generator().manual_seed(seed))
+    return to_image(image), depth[0, 0].numpy()
+
+
+def _make_photo(path, depth_path):
+    return read_image(path), None if depth_path is None else read_depth(depth_path)
+
+
+def _store(maker, arguments, target):
+    """Runs maker(*arguments) -> (image, depth or None) and stores both, whole or not at all."""
+    torch.set_num_threads(1)           # one core each: there are as many of us as cores
+    try:
+        image, depth = maker(*arguments)
+    except ValueError as error:
+        return str(error)
+    for array, suffix in ((depth, ".depth.npy"), (image, ".npy")):                # the image last
+        if array is not None:
+            unfinished = f"{target}.{os.getpid()}.tmp"
+            with open(unfinished, "wb") as file:
+                np.save(file, array)
+            os.replace(unfinished, f"{target}{suffix}")
+    return None
+
+
+class ImageCache:
+    """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
+
+    items: (name, maker, arguments); the name changes when the content would (see photo_items, leaf_items), so
+    that a file that exists is right, and building goes on where it was interrupted.
+    """
+
+    def __init__(self, folder, items, minimum, say=print):
+        self.folder = Path(folder)
+        self.names = [name for name, _, _ in items]
+        bad = self._build(items, say)
+        self.sizes = {name: np.load(self._path(name), mmap_mode="r").shape[:2]
+                      for name in self.names if name not in bad}
+        for name, maker, arguments in items:
+            if name in self.sizes and min(self.sizes[name]) < minimum:
+                h, w = self.sizes.pop(name)
+                bad[name] = f"{arguments[0]}: {w} x {h} pixels, smaller than the crop of {minimum}"
+        for reason in bad.values():
+            say(f"skipped {reason}")
+        self.names = [name for name in self.names if name in self.sizes]
+        if not self.names:
+            raise ValueError(f"no usable image among {len(items)}: {next(iter(bad.values()))}")
+
+    def _path(self, name, suffix=".npy"):
+        return self.folder / f"{name}{suffix}"
+
+    def _build(self, items, say):
+        """Makes what is missing, in parallel if there is much of it. Returns {name: why not}."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        todo = [item for item in items if not self._path(item[0]).exists()]
+        jobs = [(maker, arguments, str(self.folder / name)) for name, maker, arguments in todo]
+        names = [name for name, _, _ in todo]
+        workers = min(os.cpu_count() or 1, len(todo) // 32)
+        bad, step = {}, max(len(todo) // 10, 25)
+        def done(count, name, reason):
+            if reason:
+                bad[name] = reason
+            if count % step == 0:
+                say(f"preparing images: {count} of {len(todo)}")
+        if workers < 2:
+            threads = torch.get_num_threads()
+            for count, (name, job) in enumerate(zip(names, jobs), 1):
+                done(count, name, _store(*job))
+            torch.set_num_threads(threads)
+            return bad
+        with ProcessPoolExecutor(workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(_store, *job): name for name, job in zip(names, jobs)}
+            for count, future in enumerate(as_completed(futures), 1):
+                done(count, futures[future], future.result())
+        return bad
+
+    def __len__(self):
+        return len(self.names)
+
+    def size(self, k):
+        return self.sizes[self.names[k]]
+
+    def crop(self, k, top, left, edge):
+        """(3,edge,edge) uint8, reflected where the image is smaller."""
+        image = np.load(self._path(self.names[k]), mmap_mode="r")
+        part = np.array(image[top:top + edge, left:left + edge])
+        pad = [(0, edge - s) for s in part.shape[:2]] + [(0, 0)]
+        return torch.from_numpy(np.pad(part, pad, mode="reflect")).permute(2, 0, 1)
+
+    def depth(self, k):
+        """(1,1,h,w) float32, or None if the image came without."""
+        path = self._path(self.names[k], ".depth.npy")
+        return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
+
+
+def photo_items(folders, depth_folder=None):
+    """Items of an ImageCache. A name holds the file's path, size and time: a changed file is read anew."""
+    items = []
+    for path, depth in find_depths(list_images(folders), depth_folder).items():
+        facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (path, depth) if p]
+        name = f"{path.stem[:40]}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+        items.append((name, _make_photo, (path, depth)))
+    return items
+
+
+def leaf_items(count, edge, seed):
+    """Items of an ImageCache: dead leaves, edge x edge pixels, with true depth."""
+    return [(f"leaves-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k)) for k in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training batches
+# ---------------------------------------------------------------------------------------------------
+
+# The published data degrade whole images and crop afterwards. A crop degraded on its own would differ:
+# JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
+# each sample is cut from the middle of a larger canvas: 16 pixels or more of margin, and 0 to 15 more,
+# so that all 16 phases of JPEG's chroma grid occur equally often.
+MARGIN = 48
+
+
+def sample(source, tasks, crop, seed, stage, iteration, i, batch):
+    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
+
+    It depends on (seed, stage, iteration, i) alone, whoever computes it. Tasks take turns, so that
+    each is seen equally often.
+    """
+    g = seeded(seed, stage, iteration, i)
+    def below(n):
+        return int(torch.randint(n, (1,), generator=g))
+    task = tasks[(iteration * batch + i) % len(tasks)]
+    k, edge = below(len(source)), crop + MARGIN
+    h, w = source.size(k)
+    top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
+    item = {"task": task, "canvas": source.crop(k, top, left, edge),
+            "offset": (16 + below(16), 16 + below(16)), "turn": below(8),
+            "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD,) * 2)}
+    if task == "haze":
+        depth = source.depth(k)
+        depth = depth_prior(h, w, g) if depth is None else F.interpolate(depth, (h, w), mode="bilinear")
+        item["depth_max"] = depth.amax()[None]
+        item["depth"] = reflect_pad(depth[:, :, top:top + edge, left:left + edge],
+                                    0, max(edge - w, 0), 0, max(edge - h, 0))
+    return item
+
+
+def make_batch(samples, crop, device):
+    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop), and task: (N,) rows of TASKS."""
+    canvas = torch.stack([s["canvas"] for s in samples]).to(device, non_blocking=True).float() / 255
+    degraded = torch.empty_like(canvas)
+    for task in {s["task"]: None for s in samples}:                               # in order, once each
+        rows = [i for i, s in enumerate(samples) if s["task"] == task]
+        group = [samples[i] for i in rows]
+        def join(key):
+            return torch.cat([s[key] for s in group]).to(device) if key in group[0] else None
+        drawn = {name: torch.cat([s["drawn"][name] for s in group]) for name in group[0]["drawn"]}
+        degraded[rows] = apply(canvas[rows], task, drawn, join("depth"), join("depth_max"), RAIN_PEAK)
+    pairs = torch.cat((degraded, canvas), 1)                                      # (N,6,edge,edge)
+    pairs = torch.stack([_turn(pair[:, y:y + crop, x:x + crop], s["turn"])
+                         for pair, s in zip(pairs, samples) for y, x in [s["offset"]]])
+    task = torch.tensor([TASKS.index(s["task"]) for s in samples], device=device)
+    return pairs[:, :3].contiguous(), pairs[:, 3:].contiguous(), task
+
+
+def _turn(x, turn):
+    """One of the eight flips and quarter turns of (C,H,H)."""
+    x = x.mT if turn & 1 else x
+    return x.flip([axis for axis, bit in ((1, 2), (2, 4)) if turn & bit])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Validation: the same images, degraded in the same way, every time
+# ---------------------------------------------------------------------------------------------------
+
+def builtin_images(count=8, edge=128):
+    """The built-in validation images: dead leaves no training run sees. [(image, depth), ...]"""
+    return [dead_leaves(edge, edge, seeded("validation", k)) for k in range(count)]
+
+
+def validation_pairs(images, split="in", seed=0):
+    """{task: [(lq, gt), ...]} for images [(gt (1,3,H,W), depth (1,1,h,w) or None), ...]."""
+    return {task: [(degrade(gt, task, split, depth, seeded("validation", seed, split, task, k)), gt)
+                   for k, (gt, depth) in enumerate(images)]
+            for task in RANGES[split]}
