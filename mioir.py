@@ -71,9 +71,10 @@ class PromptPath(nn.Module):
         self.scale = nn.ModuleDict({site: nn.Linear(width, c) for site, (_, c) in sites.items()})
         self.shift = nn.ModuleDict({site: nn.Linear(width, c) for site, (_, c) in sites.items()})
 
-    def forward(self, p):
-        """p: (N,1 or 3,H,W) prompt images -> a function modulate(site, f), f: (N,C,H,W) -> (N,C,H,W)."""
-        features = [extract(p) for extract in self.extract]                       # each (N,64)
+    def forward(self, p, rows=slice(None)):
+        """p: (M,1 or 3,H,W) prompt images -> a function modulate(site, f), f: (N,C,H,W) -> (N,C,H,W).
+        rows: which prompt image belongs to each of the N images; by default the same, in order."""
+        features = [extract(p)[rows] for extract in self.extract]                 # each (N,64)
 
         def modulate(site, f):
             z = features[self.extractor_of[site]]
@@ -120,15 +121,16 @@ class Backbone(nn.Module):
         """
         if self.prompt is None:
             return unmodulated
-        if self.prompt == "ap":
-            return self.path(x)
+        if self.prompt == "ap":                            # F_ext needs 5 pixels; fewer are reflected
+            return self.path(reflect_pad(x, 0, max(5 - x.shape[3], 0), 0, max(5 - x.shape[2], 0)))
         if task is None:
             raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, or weights (N,7)")
         if task.is_floating_point():
-            images = torch.einsum("nt,thw->nhw", task.to(self.prompts), self.prompts)
-        else:
-            images = self.prompts[task]
-        return self.path(images[:, None])                                         # (N,1,128,128) in
+            mixed = torch.einsum("nt,thw->nhw", task.to(self.prompts), self.prompts)
+            return self.path(mixed[:, None])                                      # (N,1,128,128) in
+        if len(task) > len(self.prompts):                  # fewer prompts than images: read each once
+            return self.path(self.prompts[:, None], task)
+        return self.path(self.prompts[task][:, None])
 
     def forward(self, x, task=None, modulate=None):
         """x: (N,3,H,W) in [0,1], H and W multiples of self.multiple -> y: (N,3,H,W), not clamped.
@@ -846,6 +848,8 @@ def reflect_pad(x, left, right, top, bottom):
         at = torch.arange(-before, size + after, device=x.device) % period
         return torch.minimum(at, period - at) if size > 1 else at * 0
     h, w = x.shape[2:]
+    if max(left, right) < w and max(top, bottom) < h:
+        return F.pad(x, (left, right, top, bottom), mode="reflect")               # the same, faster
     return x[:, :, reflected(h, top, bottom)][:, :, :, reflected(w, left, right)]
 
 

@@ -49,13 +49,13 @@ MIXED = 10          # periods of a mixed run: as many as a sequential one, 6 + 4
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, heads=(1, 2, 4, 8)),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
 }
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, lr=1e-3, eta_min=1e-5, batch=14, crop=64,
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, lr=1e-3, eta_min=1e-5, batch=14, crop=48,
                  period=80, ema=0.99),
     "smoke": dict(leaves=(4, 128), log_every=2, save_every=4, batch=7, crop=64, period=2, ema=0.9),
 }

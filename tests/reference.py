@@ -1,0 +1,64 @@
+"""What the published code gave, and the rule by which its weights were filled.
+
+golden/models.json.gz: published parameter names and shapes of 14 variants; golden/models.npz: every
+fourth pixel of their outputs. golden/degrade.*: published degradations, metrics and learning rates of
+one 96 x 128 photo. All made with the published code, once; the tests compare ours with them.
+"""
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+GOLDEN = Path(__file__).parent / "golden"
+VARIANTS = json.loads(gzip.decompress((GOLDEN / "models.json.gz").read_bytes()))
+OUTPUTS = np.load(GOLDEN / "models.npz")
+DEGRADED = np.load(GOLDEN / "degrade.npz")
+CASES = json.loads((GOLDEN / "degrade.json").read_text())
+
+
+def filled(name, shape):
+    """A weight that depends on its published name and shape alone."""
+    values = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape).astype(np.float32)
+    if name.endswith("temperature"):
+        values = 1 + 0.1 * values
+    elif "relative_position_bias_table" in name or "modulator" in name:
+        values = 0.5 * values
+    elif "prompt_param" in name:
+        values = 0.5 + 0.3 * values
+    elif len(shape) == 1:
+        values = 0.1 * values + (1 if name.endswith("weight") else 0)
+    else:
+        values = values / np.sqrt(int(np.prod(shape[1:])))
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def published_state(variant):
+    return {name: filled(name, tuple(shape)) for name, shape in VARIANTS[variant]["keys"]}
+
+
+def published_input(variant):
+    n, _, h, w = VARIANTS[variant]["shape"]
+    random = np.random.RandomState(VARIANTS[variant]["seed"])
+    coarse = torch.from_numpy(random.rand(n, 3, (h + 7) // 8, (w + 7) // 8).astype(np.float32))
+    smooth = F.interpolate(coarse, (h, w), mode="bilinear")
+    return (0.8 * smooth + 0.2 * torch.from_numpy(random.rand(n, 3, h, w).astype(np.float32))).clamp(0, 1)
+
+
+def published_prompts():
+    return np.random.RandomState(7).rand(7, 128, 128).astype(np.float32)
+
+
+def photo(name="gt"):
+    """A golden picture as (1,3,H,W) in [0,1]."""
+    return torch.from_numpy(DEGRADED[name].astype(np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def grey_levels(x, name):
+    """Mean and largest difference of (1,3,H,W) from a golden picture, in grey levels."""
+    ours = (x[0] * 255).round().permute(1, 2, 0).numpy()
+    difference = np.abs(ours - DEGRADED[name].astype(np.float64))
+    return difference.mean(), difference.max()

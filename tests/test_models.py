@@ -1,0 +1,218 @@
+"""The networks: equal to the published ones, at any size, on any device."""
+import pytest
+import torch
+
+import mioir
+from mioir import ARCHS, TASKS, TaskClassifier, build_model, identify_official, load_official, restore
+from reference import OUTPUTS, VARIANTS, published_input, published_prompts, published_state
+
+SMALL = {
+    "srresnet": dict(width=16, blocks=3),
+    "swinir": dict(dim=12, depths=(2, 2), heads=2, width=8),
+    "restormer": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1, heads=(1, 2, 2, 4)),
+    "uformer": dict(dim=8, depths=(1, 1, 1, 2, 1, 2, 1, 1, 1), heads=(1, 2, 2, 2, 2, 2, 2, 2, 2)),
+    "promptir": dict(dim=8, blocks=(1, 1, 1, 1), refinement=1, heads=(1, 2, 2, 4), prompt_dims=(4, 4, 8),
+                     prompt_sizes=(8, 8, 4)),
+}
+KINDS = [(arch, prompt) for arch in ARCHS for prompt in (None, "ep", "ap") if arch != "promptir" or not prompt]
+
+
+def small(arch, prompt=None, seed=0):
+    torch.manual_seed(seed)
+    return build_model(arch, prompt, **SMALL[arch]).eval()
+
+
+def published(variant, state=None):
+    arch, prompt = variant.split("-")
+    prompt = None if prompt == "none" else prompt
+    model = TaskClassifier() if arch == "classifier" else build_model(arch, prompt)
+    load_official(model, state or published_state(variant), published_prompts() if prompt == "ep" else None)
+    return model.eval()
+
+
+@torch.no_grad()
+def error(model, variant):
+    """Largest difference from the published output, as a share of its largest value."""
+    rows = VARIANTS[variant]["rows"]
+    x = published_input(variant)
+    golden = torch.from_numpy(OUTPUTS[variant])
+    if variant.startswith("classifier"):
+        y = model(x).softmax(1)
+    else:
+        y = model(x, None if rows is None else torch.tensor(rows))[:, :, ::4, ::4]
+    return ((y - golden).abs().max() / golden.abs().max()).item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_parameter_counts_equal_the_published_ones(variant):
+    state = published_state(variant)
+    arch, prompt = variant.split("-")
+    assert identify_official(state) == (arch, None if prompt == "none" else prompt)
+    model = published(variant, state)
+    assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant]["params"]
+    assert error(model, variant) < 1e-5
+
+
+def test_parity_is_sharp_two_equal_shaped_tensors_swapped():
+    state = published_state("restormer-ep")
+    a, b = "decoder_level2.1.attn.qkv.weight", "decoder_level2.2.attn.qkv.weight"
+    state[a], state[b] = state[b], state[a]
+    assert error(published("restormer-ep", state), "restormer-ep") > 1e-3
+
+
+def test_parity_is_sharp_one_prompt_layer_silenced():
+    state = published_state("srresnet-ep")
+    state["prompt_shift7.bias"].zero_()
+    assert error(published("srresnet-ep", state), "srresnet-ep") > 1e-3
+
+
+def test_load_official_understands_wrappers_and_ignores_derived_buffers():
+    state = published_state("swinir-none")
+    state |= {name: torch.zeros(3) for name in VARIANTS["swinir-none"]["derived"]}
+    wrapped = {"params": {f"module.{k}": v for k, v in state.items()}, "params_ema": {}}
+    assert identify_official(wrapped) == ("swinir", None)
+    model = load_official(build_model("swinir"), wrapped)
+    assert torch.equal(model.groups[1].conv.weight, state["layers.1.conv.weight"])
+
+
+def broken(change):
+    state = published_state("srresnet-ep")
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("prompt_scalehr.weight"), ("missing", "prompt_scalehr.weight")),
+    (lambda s: s.update(extra=torch.zeros(1)), ("unexpected", "extra")),
+    (lambda s: s.update({"conv_last.bias": torch.zeros(4)}), ("mis-shaped", "conv_last.bias", "(4,)")),
+])
+def test_load_official_is_strict_and_names_the_key(change, words):
+    with pytest.raises(ValueError) as caught:
+        load_official(build_model("srresnet", "ep"), broken(change))
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: build_model("resnet"), "srresnet"),
+    (lambda: build_model("restormer", "both"), "'ep'"),
+    (lambda: build_model("promptir", "ep"), "prompts of its own"),
+    (lambda: build_model("srresnet", depth=3), "depth"),
+    (lambda: small("srresnet", "ep")(torch.rand(1, 3, 8, 8)), "task"),
+    (lambda: restore(small("srresnet"), torch.rand(3, 8, 8)), "(N,3,H,W)"),
+    (lambda: load_official(build_model("srresnet", "ep"), published_state("srresnet-ep"), torch.rand(6, 128, 128)),
+     "(7, 128, 128)"),
+])
+def test_mistakes_get_one_clear_line(call, word):
+    with pytest.raises(ValueError, match="(?s)" + word.replace("(", r"\(").replace(")", r"\)")) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arch, prompt", KINDS)
+def test_restore_keeps_any_size_and_float32_agrees_with_float64(arch, prompt):
+    model = small(arch, prompt)
+    for h, w in ((37, 61), (1, 1), (130, 70)):
+        x, task = torch.rand(2, 3, h, w), torch.tensor([6, 2])
+        y = restore(model, x, task)
+        exact = restore(model.double(), x.double(), task)
+        model.float()
+        assert y.shape == x.shape
+        assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_restore_pads_as_the_published_protocol_does():
+    seen = []
+
+    class Spy(mioir.Backbone):
+        def body(self, x, modulate):
+            seen.append(x)
+            return x
+    for multiple, square, size in ((1, False, (37, 200)), (8, False, (40, 200)), (64, False, (64, 256)),
+                                   (128, True, (256, 256))):
+        spy = Spy(None, {})
+        spy.multiple, spy.square = multiple, square
+        x = torch.rand(1, 3, 37, 200)
+        assert torch.equal(restore(spy, x), x)                 # cut back to where the image was
+        assert seen[-1].shape[2:] == size
+    top = (256 - 128) // 2                                     # Uformer's square: 128 rows, 64 above and below
+    assert torch.equal(seen[-1][0, :, top + 40], x_row(x, 32))
+
+
+def x_row(x, row):
+    """Row `row` of x, reflected on the right up to 256 columns."""
+    return torch.nn.functional.pad(x, (0, 56, 0, 0), mode="reflect")[0, :, row]
+
+
+def test_a_batch_equals_its_images_one_by_one():
+    model, x, task = small("restormer", "ep"), torch.rand(9, 3, 24, 40), torch.arange(9) % 7
+    together = restore(model, x, task)                         # nine images: prompts are read once each
+    each = torch.cat([restore(model, x[i:i + 1], task[i:i + 1]) for i in range(9)])
+    assert (together - each).abs().max() < 1e-5
+
+
+def test_prompt_weights_mix_the_prompt_images():
+    model, x = small("srresnet", "ep"), torch.rand(1, 3, 16, 16)
+    weights = torch.zeros(1, 7)
+    weights[0, TASKS.index("rain")] = 1
+    assert torch.allclose(model(x, weights), model(x, torch.tensor([TASKS.index("rain")])), atol=1e-6)
+    weights[0, TASKS.index("haze")] = 0.5
+    direct = model.body(x, model.path((model.prompts[3] + 0.5 * model.prompts[4])[None, None]))
+    assert torch.allclose(model(x, weights), direct, atol=1e-6)
+
+
+def test_each_prompt_gives_another_output_and_prompts_come_from_a_fixed_seed():
+    model, x = small("restormer", "ep"), torch.rand(1, 3, 16, 16)
+    outputs = torch.cat([model(x, torch.tensor([i])) for i in range(7)])
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-6 for i in range(7) for j in range(i))
+    assert torch.equal(model.prompts, small("srresnet", "ep", seed=5).prompts)
+    assert model.prompts.shape == (7, 128, 128) and 0 <= model.prompts.min() and model.prompts.max() < 1
+
+
+@pytest.mark.parametrize("prompt", (None, "ep", "ap"))
+def test_tiles_of_srresnet_equal_the_whole(prompt):
+    model = small("srresnet", prompt)
+    x, task = torch.rand(1, 3, 150, 210), torch.tensor([1])
+    assert (restore(model, x, task, tile=96) - restore(model, x, task)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("arch", ("swinir", "restormer", "uformer", "promptir"))
+def test_tiles_of_the_others_stay_close_and_keep_the_size(arch):
+    model, x = small(arch), torch.rand(1, 3, 150, 290)
+    y = restore(model, x, tile=128)
+    assert y.shape == x.shape and (y - restore(model, x)).pow(2).mean().sqrt() < 0.05
+
+
+def test_window_shift_masks_only_strangers():
+    mask = mioir.shift_mask(16, 16, 8, 4, "cpu")
+    assert mask.shape == (4, 64, 64) and set(mask.unique().tolist()) == {-100.0, 0.0}
+    assert not mask[0].any() and mask[3].any()
+    assert mask[3, 0, 3] == 0 and mask[3, 0, 4] == -100        # columns 3 and 4 meet across the seam
+
+
+def test_drop_path_drops_whole_images_in_training_only():
+    drop = mioir.DropPath(0.5)
+    x = torch.ones(1000, 4)
+    assert torch.equal(drop.eval()(x), x)
+    y = drop.train()(x)
+    assert set(y.unique().tolist()) == {0.0, 2.0} and (y == y[:, :1]).all()
+    assert 400 < (y[:, 0] > 0).sum() < 600
+
+
+@pytest.mark.parametrize("arch, prompt", [*KINDS, ("classifier", None)])
+def test_every_model_is_device_clean(arch, prompt):
+    """On the meta device, which holds no numbers, a tensor made on the CPU by mistake raises an error."""
+    with torch.device("meta"):
+        model = TaskClassifier(8) if arch == "classifier" else build_model(arch, prompt, **SMALL[arch])
+        x = torch.rand(2, 3, 128, 128)
+        y = model(x) if arch == "classifier" else model(x, torch.zeros(2, dtype=torch.long))
+        y.mean().backward()
+        assert y.is_meta and all(p.grad.is_meta for p in model.parameters())
+        if arch != "classifier":
+            assert restore(model, x[:, :, :50, :70], torch.zeros(2, dtype=torch.long)).shape[2:] == (50, 70)
+
+
+def test_import_builds_and_prints_nothing(capsys):
+    import importlib
+    before = torch.random.get_rng_state()
+    importlib.reload(mioir)
+    assert capsys.readouterr().out == "" and torch.equal(before, torch.random.get_rng_state())

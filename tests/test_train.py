@@ -1,0 +1,179 @@
+"""Recipes, schedule, the training loop, and the real command at smoke size."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from degrade import TASKS
+from reference import CASES
+from train import LETTERS, RECIPES, lr_at, stages
+
+
+def run(*argv):
+    train.main([str(a) for a in argv])
+
+
+def smoke(out, *more):
+    run("--arch", "restormer", "--seq", "--prompt", "--preset", "smoke", "--out", out, *more)
+
+
+# The schedule ---------------------------------------------------------------------------------------
+
+def test_learning_rates_equal_the_published_schedules():
+    case = CASES["lr_cosine_restarts"]
+    ours = [lr_at(t, case["periods"], case["base_lr"], case["eta_min"]) for t in range(1, 26)]
+    assert np.abs(np.array(ours) - case["lr_at_iteration_1_to_25"]).max() < 1e-12
+
+
+@pytest.mark.parametrize("arch, period, order", [
+    ("srresnet", 250_000, "sbnjrhd"), ("swinir", 100_000, "sbnjrhd"), ("restormer", 100_000, "rjbsnhd"),
+    ("uformer", 100_000, "rjbsnhd"), ("promptir", 100_000, "rjbsnhd")])
+def test_the_papers_stages(arch, period, order):
+    plan = stages(arch, seq=True)
+    assert [len(s.tasks) for s in plan] == [1, 2, 3, 4, 5, 6, 7]
+    assert [LETTERS[c] for c in order] == list(plan[-1].tasks)
+    assert all(s.tasks == plan[-1].tasks[:k + 1] for k, s in enumerate(plan))
+    assert [s.periods for s in plan] == [(period,)] * 6 + [(period,) * 4]
+    mixed, = stages(arch, seq=False)
+    assert set(mixed.tasks) == set(TASKS) and mixed.periods == (period,) * 10
+    assert mixed.iterations == sum(s.iterations for s in plan)
+
+
+def test_recipes_are_the_papers():
+    rows = {arch: (r["optimizer"], r["weight_decay"], r["batch"], r["crop"], r["eta_min"], r["lr"], r["betas"], r["ema"])
+            for arch, r in RECIPES.items()}
+    common = (2e-4, (0.9, 0.99), 0.999)
+    assert rows == {"srresnet": ("Adam", 0.0, 16, 128, 1e-7, *common), "swinir": ("Adam", 0.0, 8, 128, 1e-7, *common),
+                    "restormer": ("AdamW", 0.0, 8, 128, 1e-7, *common),
+                    "uformer": ("AdamW", 0.02, 8, 128, 1e-6, *common),
+                    "promptir": ("AdamW", 0.0, 8, 128, 1e-7, *common)}
+
+
+def test_ema_moves_by_one_minus_decay():
+    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = 0.999 * a.weight + 0.001 * b.weight
+    train.update_ema(a.requires_grad_(False), b, 0.999)
+    assert torch.allclose(a.weight, expected, atol=1e-7)
+
+
+def test_one_step_is_device_clean():
+    args = train.parse(["--arch", "restormer", "--prompt", "--preset", "smoke"])
+    with torch.device("meta"):
+        state = train.Run(args, torch.device("meta"))
+        x = torch.rand(7, 3, 64, 64)
+        losses = train.step(state, x, x, torch.arange(7), 1e-3)
+    assert losses.is_meta and losses.shape == (7,)
+
+
+# The command ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "smoke"
+    smoke(out)
+    return out
+
+
+def test_a_smoke_run_leaves_checkpoint_log_table_and_pictures(finished):
+    saved = torch.load(finished / "last.pt", weights_only=True)
+    assert saved["stage"] == 7 and saved["arch"] == "restormer" and saved["prompt"] == "ep"
+    assert set(saved["raw"]) == set(saved["ema"]) and "prompts" in saved["raw"]
+    assert any(not torch.equal(saved["raw"][k], saved["ema"][k]) for k in saved["raw"])
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert {entry["stage"] for entry in steps} == set(range(1, 8))
+    assert all(set(entry["loss"]) == set(entry["tasks"]) for entry in steps if len(entry["tasks"]) < 7)
+    assert [set(entry["psnr"]) for entry in log if "psnr" in entry] == [set(TASKS)] * 7
+    table = (finished / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 1 + 7 and "input" in table[2] and "+dark" in table[9]
+    assert Image.open(finished / "table.png").size[0] > 500
+    assert Image.open(finished / "strips.png").size[1] > 7 * 190
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
+    smoke(tmp_path / "again")
+    smoke(tmp_path / "other", "--seed", 1)
+    weights = [torch.load(out / "last.pt", weights_only=True)["raw"] for out in
+               (finished, tmp_path / "again", tmp_path / "other")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert any(not torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
+    real, calls = train.step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 18:                      # in the last stage, past its checkpoint at 4
+            raise OSError("pulled the plug")
+        return real(*args)
+    monkeypatch.setattr(train, "step", interrupted)
+    with pytest.raises(SystemExit, match="pulled the plug"):
+        smoke(tmp_path / "run")
+    smoke(tmp_path / "run", "--resume")
+    whole, resumed = (torch.load(out / "last.pt", weights_only=True) for out in (finished, tmp_path / "run"))
+    for part in ("raw", "ema"):
+        assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
+    assert whole["table"] == resumed["table"] and len(calls) < 2 * 18
+
+
+@pytest.mark.parametrize("arch, prompt", [("srresnet", ["--prompt", "ap"]), ("restormer", []), ("swinir", ["--prompt"]),
+                                          ("uformer", ["--seq"]), ("promptir", [])])
+def test_other_variants_train(tmp_path, arch, prompt, monkeypatch):
+    if arch == "uformer":                         # its windows want crops of 128
+        monkeypatch.setitem(train.PRESETS["smoke"], "crop", 128)
+    monkeypatch.setitem(train.PRESETS["smoke"], "period", 1)
+    run("--arch", arch, *prompt, "--preset", "smoke", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "last.pt").exists()
+
+
+def test_training_on_a_folder_of_photos(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 130, 3), dtype=np.uint8)
+    for name in "abc":
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{name}.png")
+    (tmp_path / "photos" / "torn.png").write_bytes((tmp_path / "photos" / "a.png").read_bytes()[:2000])
+    run("--arch", "srresnet", "--preset", "smoke", "--data", tmp_path / "photos", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "torn.png" in said and "from 3 images" in said
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--arch", "resnet"], ["resnet", "srresnet"]),
+    (["--prompt", "both"], ["both", "ep"]),
+    (["--arch", "promptir", "--prompt"], ["promptir", "prompts of its own"]),
+    (["--seq", "--order", "rjx"], ["'x'", "r (rain)"]),
+    (["--seq", "--order", "rr"], ["repeated"]),
+    (["--preset", "huge"], ["huge", "demo"]),
+    (["--data", "nowhere"], ["nowhere", "no such folder"]),
+    (["--data", "EMPTY"], ["no images"]),
+    (["--data", "CORRUPT"], ["no usable image", "a.png"]),
+    (["--data", "SMALL"], ["smaller than the crop"]),
+    (["--resume"], ["last.pt", "go on from"]),
+    (["--seed", "x"], ["seed", "x"]),
+])
+def test_bad_input_gets_one_clear_line_and_leaves_nothing(tmp_path, argv, words, capsys):
+    for name in ("EMPTY", "CORRUPT", "SMALL"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "CORRUPT" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    Image.new("RGB", (40, 40)).save(tmp_path / "SMALL" / "a.png")
+    argv = [str(tmp_path / a) if a in ("EMPTY", "CORRUPT", "SMALL") else a for a in argv]
+    with pytest.raises(SystemExit) as stopped:
+        run("--preset", "smoke", "--out", tmp_path / "out", *argv)
+    line = str(stopped.value.code)
+    assert line.startswith("train.py: ") and "\n" not in line and all(word in line for word in words)
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_an_output_folder_with_another_run_is_refused(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="--resume"):
+        smoke(finished)
+    with pytest.raises(SystemExit, match="arch: restormer then, srresnet now"):
+        run("--arch", "srresnet", "--preset", "smoke", "--out", finished, "--resume")
+    with pytest.raises(SystemExit, match="seed: 0 then, 3 now"):
+        smoke(finished, "--resume", "--seed", 3)
+    assert (finished / "last.pt").read_bytes() == before
