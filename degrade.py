@@ -38,9 +38,7 @@ RANGES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
-# The degradations. Parameters: a number, or an (N,) tensor with one value per image
-# ---------------------------------------------------------------------------------------------------
+# ---- The degradations. Parameters: a number, or an (N,) tensor with one value per image ----------
 
 def quantize(x):
     """Rounds (N,3,H,W) to the 256 grey levels, clipped to [0,1]."""
@@ -231,9 +229,7 @@ def bicubic_x4(x):
     return quantize(F.interpolate(small, x.shape[2:], mode="bicubic"))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Random degradation: draw the parameters, then apply them
-# ---------------------------------------------------------------------------------------------------
+# ---- Random degradation: draw the parameters, then apply them ------------------------------------
 
 _STEPS = {"kernel_size": 2, "width": 2, "density": 1, "length": 1, "angle": 1}    # evenly, in steps
 RAIN_FIELD = 512       # edge of the field from which a training crop's rain is cut, and the brightness
@@ -303,9 +299,7 @@ def degrade(x, task, split="in", depth=None, generator=None):
     return apply(x, task, drawn, depth)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Dead leaves: images with true depth from a seed alone
-# ---------------------------------------------------------------------------------------------------
+# ---- Dead leaves: images with true depth from a seed alone ---------------------------------------
 
 # Natural colours (8-bit RGB): sky, water, foliage, grass, soil, rock, sand, wood, brick, skin, petals.
 _PALETTE = np.array(
@@ -412,9 +406,7 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     depth[top:bottom, left:right][cover[..., 0] > 0.5] = leaf_depth
 
 
-# ---------------------------------------------------------------------------------------------------
-# Images: files, and a cache of decoded ones that is read a crop at a time
-# ---------------------------------------------------------------------------------------------------
+# ---- Images: files, and a cache of decoded ones that is read a crop at a time --------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -603,9 +595,7 @@ def leaf_items(count, edge, seed):
     return [(f"leaves-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k)) for k in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training batches
-# ---------------------------------------------------------------------------------------------------
+# ---- Training batches ----------------------------------------------------------------------------
 
 # The published data degrade whole images and crop afterwards. A crop degraded on its own would differ:
 # JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
@@ -614,16 +604,20 @@ def leaf_items(count, edge, seed):
 MARGIN = 48
 
 
+def task_of(tasks, iteration, i, batch):
+    """Tasks take turns over all samples of all iterations, so that each is seen equally often."""
+    return tasks[(iteration * batch + i) % len(tasks)]
+
+
 def sample(source, tasks, crop, seed, stage, iteration, i, batch):
     """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
 
-    It depends on (seed, stage, iteration, i) alone, whoever computes it. Tasks take turns, so that
-    each is seen equally often.
+    It depends on (seed, stage, iteration, i) alone, whoever computes it.
     """
     g = seeded(seed, stage, iteration, i)
     def below(n):
         return int(torch.randint(n, (1,), generator=g))
-    task = tasks[(iteration * batch + i) % len(tasks)]
+    task = task_of(tasks, iteration, i, batch)
     k, edge = below(len(source)), crop + MARGIN
     h, w = source.size(k)
     top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
@@ -663,9 +657,7 @@ def _turn(x, turn):
     return x.flip([axis for axis, bit in ((1, 2), (2, 4)) if turn & bit])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Validation: the same images, degraded in the same way, every time
-# ---------------------------------------------------------------------------------------------------
+# ---- Validation: the same images, degraded in the same way, every time ---------------------------
 
 def builtin_images(count=8, edge=128):
     """The built-in validation images: dead leaves no training run sees. [(image, depth), ...]"""

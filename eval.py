@@ -8,6 +8,7 @@ Metrics are the paper's: PSNR and SSIM on 8-bit RGB, output clamped and rounded,
 averaged over the images of a set; raw weights, not EMA. Source: paper, Section 5.1, and BasicSR.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -21,9 +22,7 @@ from degrade import (builtin_images, find_depths, list_images, read_depth, read_
 from mioir import TASKS, TaskClassifier, load_model, restore
 
 
-# ---------------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 def _cut(a, b, crop):
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.ndim != 3:
@@ -64,9 +63,24 @@ def ssim(a, b, crop=4):
 
 
 def mean_psnr(model, pairs, device):
-    """PSNR of the model over [(lq, gt), ...] of one task each: {task: dB}, the task told to "ep" models."""
-    return {task: float(np.mean([psnr(restored(model, lq, task, device), to_image(gt)) for lq, gt in examples]))
-            for task, examples in pairs.items()}
+    """{task: PSNR in dB} over {task: [(lq, gt), ...]}, images of one size; "ep" models are told the task."""
+    scores = {}
+    for task, examples in pairs.items():
+        lq = torch.cat([lq for lq, _ in examples]).to(device)
+        y = restore(model, lq, torch.full((len(lq),), TASKS.index(task), device=device))
+        scores[task] = float(np.mean([psnr(to_image(out), to_image(gt)) for out, (_, gt) in zip(y, examples)]))
+    return scores
+
+
+@torch.no_grad()
+def confusion(classifier, pairs, device):
+    """Returns ({task: accuracy in %}, 7 rows of counts: true task x named task)."""
+    classifier.eval()
+    matrix = np.zeros((len(TASKS), len(TASKS)), int)
+    for task, examples in pairs.items():
+        for lq, _ in examples:
+            matrix[TASKS.index(task), classifier(lq.to(device)).argmax().item()] += 1
+    return {task: 100 * matrix[i, i] / matrix[i].sum() for i, task in enumerate(TASKS)}, matrix.tolist()
 
 
 def restored(model, lq, task, device, tile=None):
@@ -76,9 +90,7 @@ def restored(model, lq, task, device, tile=None):
     return to_image(restore(model, lq.to(device), task.to(device), tile))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Tables and pictures
-# ---------------------------------------------------------------------------------------------------
+# ---- Tables and pictures -------------------------------------------------------------------------
 
 def markdown(header, rows):
     """A Markdown table with its columns aligned; numbers are given two decimals."""
@@ -120,6 +132,51 @@ def matrix_picture(path, title, columns, rows, outlined=()):
     picture.save(path)
 
 
+_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194))
+
+
+def curves_picture(path, title, log):
+    """Draws a log.jsonl: the loss of each task on a logarithmic axis, and the learning rate below."""
+    entries = [entry for entry in map(json.loads, Path(log).read_text().splitlines()) if "loss" in entry]
+    offset, at, last = 0, [], (1, 0)
+    for entry in entries:                                       # iterations counted over all stages
+        here = (entry["stage"], entry["iteration"])
+        offset += last[1] if here[0] > last[0] else 0
+        at.append(offset + here[1])
+        last = here
+    width, heights, left, top, font = 900, (320, 110), 70, 56, ImageFont.load_default(14)
+    picture = Image.new("RGB", (width + left + 110, sum(heights) + top + 70), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((12, 8), f"{title}: loss per task, and learning rate, by iteration", "black", ImageFont.load_default(18))
+    curves = {task: [(x, e["loss"][task]) for x, e in zip(at, entries) if task in e["loss"]] for task in TASKS}
+    panels = ((curves, True), ({"lr": [(x, e["lr"]) for x, e in zip(at, entries)]}, False))
+    for (lines, logarithmic), height in zip(panels, heights):
+        values = np.array([y for line in lines.values() for _, y in line])
+        values = np.log10(values.clip(1e-12)) if logarithmic else values
+        low, high = values.min() if logarithmic else 0.0, values.max() + 1e-12
+
+        def place(x, y):
+            y = np.log10(max(y, 1e-12)) if logarithmic else y
+            return left + width * x / max(at), top + height * (1 - (y - low) / (high - low + 1e-12))
+        pen.rectangle((left, top, left + width, top + height), None, "black")
+        for y in np.linspace(low, high, 4):
+            value = 10 ** y if logarithmic else y
+            pen.text((left - 8, place(0, value)[1]), f"{value:.1e}" if value < 1e-3 else f"{value:.3f}", "black", font, "rm")
+        for x in np.linspace(0, max(at), 6)[1:]:
+            pen.text((place(x, 1)[0], top + height + 12), f"{x:.0f}", "black", font, "mm")
+        ends = []
+        for (name, line), colour in zip(lines.items(), _COLOURS):
+            if line:
+                pen.line([place(*point) for point in line], colour, 2)
+                ends.append((place(*line[-1])[1], name, colour))
+        below = top - 20
+        for y, name, colour in sorted(ends):                    # names at the curves' ends, none over another
+            below = max(y, below + 16)
+            pen.text((left + width + 8, below), name, colour, font, "lm")
+        top += height + 40
+    picture.save(path)
+
+
 def strip_picture(path, header, rows, edge=192):
     """Draws rows of pictures: [(name, [(H,W,3) uint8, ...]), ...], each cut to edge x edge at its centre."""
     left, top, font = 76, 30, ImageFont.load_default(16)
@@ -145,9 +202,7 @@ def task_strips(path, model, pairs, device):
     strip_picture(path, ["degraded", "restored", "truth"], rows)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 def evaluate(model, pairs, device, say):
     """Rows (task, PSNR in, out, gain, SSIM in, out, gain) over {task: [(lq, gt), ...]}, and their mean."""

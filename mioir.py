@@ -25,24 +25,24 @@ Glossary: the paper's symbol -> our name
 Shapes: N images, C channels, H x W pixels; feature maps are (N,C,H,W) between modules and
 (N,H,W,C) inside window attention, where the linear layers want channels last.
 """
+import functools
 import re
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")   # rows of prompts, classifier outputs
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The prompt path (paper, Section 3.3): one module for every backbone
-# ---------------------------------------------------------------------------------------------------
+# ---- The prompt path (paper, Section 3.3): one module for every backbone -------------------------
 
 class Extractor(nn.Module):
     """F_ext: what a prompt image has to say, in 64 numbers. Mirrors `F_ext` of the published code."""
 
-    def __init__(self, in_channels, width=64):
+    def __init__(self, in_channels, width):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=1)  # 1, not 3: as published
         self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
@@ -63,7 +63,7 @@ class PromptPath(nn.Module):
     sites (SRResNet, SwinIR) or give each depth its own (Restormer, Uformer).
     """
 
-    def __init__(self, in_channels, sites, width=64):
+    def __init__(self, in_channels, sites, width):
         super().__init__()
         self.extractor_of = {site: number for site, (number, _) in sites.items()}
         self.extract = nn.ModuleList(Extractor(in_channels, width)
@@ -103,13 +103,13 @@ class Backbone(nn.Module):
     """
     multiple, square, overlap, context = 1, False, 64, 16
 
-    def __init__(self, prompt, sites):
+    def __init__(self, prompt, sites, prompt_width):
         super().__init__()
         if prompt not in (None, "ep", "ap"):
             raise ValueError(f"unknown prompt {prompt!r}: choose None, 'ep' (explicit) or 'ap' (adaptive)")
         self.prompt = prompt
         if prompt is not None:
-            self.path = PromptPath({"ep": 1, "ap": 3}[prompt], sites)
+            self.path = PromptPath({"ep": 1, "ap": 3}[prompt], sites, prompt_width)
         if prompt == "ep":
             self.register_buffer("prompts", random_prompts().to(torch.get_default_device()))
 
@@ -140,9 +140,7 @@ class Backbone(nn.Module):
         return self.body(x, modulate or self.modulation(x, task))
 
 
-# ---------------------------------------------------------------------------------------------------
-# SRResNet: 16 residual blocks without batch norm ("MSRResNet" of BasicSR, at scale 1)
-# ---------------------------------------------------------------------------------------------------
+# ---- SRResNet: 16 residual blocks without batch norm ("MSRResNet" of BasicSR, at scale 1) --------
 
 def conv3x3(in_channels, out_channels, bias=True):
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
@@ -163,9 +161,9 @@ class SRResNet(Backbone):
     context = 35                   # receptive field: 1 + 16 x 2 + 1 + 1 convolutions of radius 1
     overlap = 80                   # two contexts and some room to blend: tiled equals whole
 
-    def __init__(self, prompt=None, width=64, blocks=16):
-        sites = {f"block{i + 1}": (0, width) for i in range(blocks)} | {"hr": (0, width), "last": (0, 3)}
-        super().__init__(prompt, sites)
+    def __init__(self, prompt=None, width=64, blocks=16, prompt_width=64):
+        sites = {site: (0, width) for site in (*(f"block{i + 1}" for i in range(blocks)), "hr")}
+        super().__init__(prompt, sites | {"last": (0, 3)}, prompt_width)
         self.conv_first = conv3x3(3, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.conv_hr = conv3x3(width, width)
@@ -184,9 +182,7 @@ class SRResNet(Backbone):
         return modulate("last", self.conv_last(f)) + x                            # (N,3,H,W)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Window attention, shared by SwinIR and Uformer
-# ---------------------------------------------------------------------------------------------------
+# ---- Window attention, shared by SwinIR and Uformer ----------------------------------------------
 
 def to_windows(f, window):
     """(N,H,W,C) -> (N, windows, window*window, C), windows in reading order."""
@@ -320,9 +316,7 @@ def init_linears(model):
             nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------
-# SwinIR: groups of Swin blocks at full resolution, between two convolutions
-# ---------------------------------------------------------------------------------------------------
+# ---- SwinIR: groups of Swin blocks at full resolution, between two convolutions ------------------
 
 class Mlp(nn.Sequential):
     def __init__(self, dim, ratio):
@@ -350,10 +344,9 @@ class SwinIR(Backbone):
     multiple = 8
 
     def __init__(self, prompt=None, dim=180, depths=(6,) * 6, heads=6, window=8, mlp_ratio=2,
-                 drop_path=0.1, width=64):
-        groups = [f"group{i + 1}" for i in range(len(depths))]
-        super().__init__(prompt, {site: (0, dim) for site in (*groups, "after_body")}
-                         | {"before_upsample": (0, width), "last": (0, 3)})
+                 drop_path=0.1, width=64, prompt_width=64):
+        sites = {site: (0, dim) for site in (*(f"group{i + 1}" for i in range(len(depths))), "after_body")}
+        super().__init__(prompt, sites | {"before_upsample": (0, width), "last": (0, 3)}, prompt_width)
         drops = torch.linspace(0, drop_path, sum(depths), device="cpu").split(depths)
         self.conv_first = conv3x3(3, dim)
         self.norm_first = LayerNorm2d(dim)
@@ -376,9 +369,7 @@ class SwinIR(Backbone):
         return modulate("last", self.conv_last(f)) + self.mean                    # (N,3,H,W)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Restormer: a U-shape whose attention runs over channels, so its cost is linear in the pixels
-# ---------------------------------------------------------------------------------------------------
+# ---- Restormer: a U-shape whose attention runs over channels, so its cost is linear in the pixels 
 
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (N,C,H,W), through torch's own kernel."""
@@ -457,10 +448,11 @@ class Restormer(Backbone):
     multiple = 64                  # the U-shape needs 8; the published test protocol pads to 64
 
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
-                 expansion=2.66):
+                 expansion=2.66, prompt_width=64):
         d1, d2, d3, d4 = (dim * 2 ** i for i in range(4))                         # 48, 96, 192, 384
         super().__init__(prompt, {"latent": (0, d4), "decoder3": (1, d3), "decoder2": (2, d2),
-                                  "decoder1": (2, d2), "refinement": (2, d2), "output": (3, 3)})
+                                  "decoder1": (2, d2), "refinement": (2, d2), "output": (3, 3)},
+                         prompt_width)
 
         def level(i, width):
             return nn.Sequential(*(RestormerBlock(width, heads[i], expansion) for _ in range(blocks[i])))
@@ -496,9 +488,7 @@ class Restormer(Backbone):
         return modulate("output", self.output(f)) + x
 
 
-# ---------------------------------------------------------------------------------------------------
-# Uformer-B: a U-shape of window attention
-# ---------------------------------------------------------------------------------------------------
+# ---- Uformer-B: a U-shape of window attention ----------------------------------------------------
 
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward (Uformer, Section 3.2): an MLP with a depthwise convolution."""
@@ -524,10 +514,12 @@ class Uformer(Backbone):
     multiple, square = 128, True   # four halvings and a window of 8 at the bottom
 
     def __init__(self, prompt=None, dim=32, depths=(1, 2, 8, 8, 2, 8, 8, 2, 1),
-                 heads=(1, 2, 4, 8, 16, 16, 8, 4, 2), window=8, drop_path=0.1):
+                 heads=(1, 2, 4, 8, 16, 16, 8, 4, 2), window=8, drop_path=0.1,
+                 prompt_width=64):
         c = [dim * 2 ** i for i in range(5)]                                      # 32 .. 512
         super().__init__(prompt, {"bottleneck": (0, c[4]), "decoder0": (0, c[4]), "decoder1": (1, c[3]),
-                                  "decoder2": (2, c[2]), "decoder3": (3, c[1]), "output": (4, 3)})
+                                  "decoder2": (2, c[2]), "decoder3": (3, c[1]), "output": (4, 3)},
+                         prompt_width)
         # Drop path grows along the encoder, holds at the bottom, and shrinks along the decoder.
         rise = torch.linspace(0, drop_path, sum(depths[:4]), device="cpu").tolist()
         drops = iter(rise + [drop_path] * depths[4] + (rise[::-1] + [0.0] * sum(depths[5:])))
@@ -559,9 +551,7 @@ class Uformer(Backbone):
         return modulate("output", self.output(f)) + x
 
 
-# ---------------------------------------------------------------------------------------------------
-# PromptIR: Restormer that makes its own prompts
-# ---------------------------------------------------------------------------------------------------
+# ---- PromptIR: Restormer that makes its own prompts ----------------------------------------------
 
 class PromptGenerator(nn.Module):
     """PGM (PromptIR, Section 3.1): mixes five learned maps by what the features look like."""
@@ -616,9 +606,7 @@ class PromptIR(Restormer):
         return self.interact[i](f)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The task classifier: names the degradation when the user does not
-# ---------------------------------------------------------------------------------------------------
+# ---- The task classifier: names the degradation when the user does not ---------------------------
 
 class TaskClassifier(nn.Module):
     """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
@@ -641,9 +629,7 @@ class TaskClassifier(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Building, saving, loading
-# ---------------------------------------------------------------------------------------------------
+# ---- Building, saving, loading -------------------------------------------------------------------
 
 MODELS = {"srresnet": SRResNet, "swinir": SwinIR, "restormer": Restormer, "uformer": Uformer,
           "promptir": PromptIR}
@@ -661,6 +647,13 @@ def build_model(arch, prompt=None, **overrides):
         return MODELS[arch](prompt, **overrides)
     except TypeError as error:
         raise ValueError(f"{arch}: {error}") from None
+
+
+def recompute_blocks(model):
+    """Activation checkpointing: each block keeps its input alone and runs again in the backward pass."""
+    for block in model.modules():
+        if isinstance(block, (ResidualBlock, WindowBlock, RestormerBlock)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def load_model(path, weights="raw", device="cpu", prompts=None):
@@ -713,9 +706,7 @@ def _load_published(saved, weights, device, prompts):
     return model.to(device).eval(), {"arch": arch, "prompt": prompt, "sizes": {}, "published": True}
 
 
-# ---------------------------------------------------------------------------------------------------
-# The published checkpoints: their parameter names and ours
-# ---------------------------------------------------------------------------------------------------
+# ---- The published checkpoints: their parameter names and ours -----------------------------------
 
 # For each arch, (pattern in our name, text in the published name), applied from top to bottom.
 # "a+b" in a published name: our tensor is the two published tensors, joined along axis 0.
@@ -836,9 +827,7 @@ def load_official(model, state_dict, prompts=None):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------
-# Restoring images of any size
-# ---------------------------------------------------------------------------------------------------
+# ---- Restoring images of any size ----------------------------------------------------------------
 
 def reflect_pad(x, left, right, top, bottom):
     """Reflection without repeating the edge, like F.pad(mode="reflect"), but for pads of any length:

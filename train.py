@@ -2,19 +2,26 @@
 
     python train.py --arch restormer --seq --prompt --preset demo     # minutes on two CPU cores
     python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe, on a GPU
-    python train.py --arch srresnet --prompt ap --data DF2K --depth DF2K_depth
-    python train.py --arch restormer --seq --prompt --preset demo --resume      # go on after an interruption
+    python train.py --arch restormer --seq --prompt --data DF2K --resume           # go on where it stopped
+    torchrun --nproc_per_node 2 train.py --arch swinir --prompt ap --data DF2K     # two GPUs, the same run
+    python train.py --arch classifier --data DF2K                     # names the task for "ep" models
+    python train.py --arch restormer --seq --prompt --print-plan      # what would run
 
-One command runs the whole schedule. OUT receives last.pt (the newest state), log.jsonl (one JSON object
-a line), table.md and table.png (PSNR on a fixed validation set: stage x task) and strips.png.
-Source: paper, Section 3.2 and 4.1; published options/*.yml; BasicSR's training loop.
+One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file per
+stage, log.jsonl (a JSON object a line), table.md and table.png (PSNR on a fixed validation set, stage x
+task), curves.png and strips.png.
+Source: paper, Sections 3.2 and 4.1; the published options/*.yml; BasicSR's training loop.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
+import resource
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,15 +29,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import distributed as dist
+from torch.nn import functional as F
 
-from degrade import (ImageCache, builtin_images, leaf_items, make_batch, photo_items, sample, seeded, to_image,
-                     validation_pairs)
-from eval import markdown, matrix_picture, mean_psnr, psnr, task_strips
-from mioir import ARCHS, TASKS, build_model
+from degrade import (ImageCache, builtin_images, leaf_items, make_batch, photo_items, sample, seeded, task_of,
+                     to_image, validation_pairs)
+from eval import confusion, curves_picture, markdown, matrix_picture, mean_psnr, psnr, task_strips
+from mioir import ARCHS, TASKS, TaskClassifier, build_model, recompute_blocks
 
-# ---------------------------------------------------------------------------------------------------
-# Recipes (paper, Section 4.1) and presets
-# ---------------------------------------------------------------------------------------------------
+# ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
 
 LETTERS = {"s": "sr", "b": "blur", "n": "noise", "j": "jpeg", "r": "rain", "h": "haze", "d": "dark"}
 _ADAM = dict(optimizer="Adam", weight_decay=0.0, lr=2e-4, betas=(0.9, 0.99), eta_min=1e-7, ema=0.999, crop=128)
@@ -41,23 +48,29 @@ RECIPES = {
     "uformer": dict(_ADAM, optimizer="AdamW", weight_decay=0.02, eta_min=1e-6, batch=8, period=100_000,
                     order="rjbsnhd"),
     "promptir": dict(_ADAM, optimizer="AdamW", batch=8, period=100_000, order="rjbsnhd"),
+    "classifier": dict(_ADAM, batch=32, crop=256, period=250_000, order="bnjrhds"),
 }
 LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier stages last one
-MIXED = 10          # periods of a mixed run: as many as a sequential one, 6 + 4
+MIXED = {"classifier": 4}       # periods of a mixed run; the others have 10, as many as sequential, 6 + 4
 
-# Presets change the recipe; "sizes" shrink the model. leaves: (how many, edge) images if there is no --data.
+# Presets change the recipe; SMALL shrinks the model. leaves: (how many, edge) images if there is no --data.
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
     "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
+    "classifier": dict(),
 }
 PRESETS = {
-    "paper": dict(leaves=(800, 512), log_every=100, save_every=1000),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, lr=1e-3, eta_min=1e-5, batch=14, crop=48,
-                 period=80, ema=0.99),
-    "smoke": dict(leaves=(4, 128), log_every=2, save_every=4, batch=7, crop=64, period=2, ema=0.9),
+    "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=8),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=14,
+                 crop=48, period=80, ema=0.99),
+    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=2, batch=8, crop=48, period=2, ema=0.9),
+}
+SPECIAL = {         # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
+    ("demo", "uformer"): dict(crop=128, batch=7, period=40), ("smoke", "uformer"): dict(crop=128, period=1),
+    ("demo", "classifier"): dict(crop=128, batch=28, period=700),
 }
 
 
@@ -84,7 +97,7 @@ def stages(arch, seq=False, order=None, period=None):
                          f" use each of {', '.join(f'{k} ({v})' for k, v in LETTERS.items())} at most once")
     tasks = tuple(LETTERS[letter] for letter in order)
     if not seq:
-        return [Stage(tasks, (period,) * MIXED)]
+        return [Stage(tasks, (period,) * MIXED.get(arch, 10))]
     return [*(Stage(tasks[:k], (period,)) for k in range(1, len(tasks))), Stage(tasks, (period,) * LAST_STAGE)]
 
 
@@ -102,9 +115,7 @@ def lr_at(iteration, periods, base_lr, eta_min):
     return eta_min + 0.5 * (base_lr - eta_min) * (1 + math.cos(math.pi * (done - start) / period))
 
 
-# ---------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 def option(default, text, **more):
     return dataclasses.field(default=default, metadata=dict(help=text, **more))
@@ -112,89 +123,152 @@ def option(default, text, **more):
 
 @dataclasses.dataclass
 class Args:
-    arch: str = option("restormer", f"backbone: {', '.join(ARCHS)}", choices=ARCHS)
+    arch: str = option("restormer", f"{', '.join(ARCHS)}, or classifier", choices=(*ARCHS, "classifier"))
     seq: bool = option(False, "sequential: add the tasks one after another (default: mixed, all at once)")
-    prompt: str = option(None, "tell the network the task: ep (explicit, the default of --prompt) or ap (adaptive)",
+    prompt: str = option(None, "tell the network the task: ep (explicit, what --prompt alone means) or ap (adaptive)",
                          nargs="?", const="ep", choices=("ep", "ap"))
     preset: str = option("paper", "paper; demo: minutes on 2 CPU cores; smoke: seconds", choices=tuple(PRESETS))
-    data: list = option(None, "folders of photos; none: dead leaves, made from the seed", nargs="+", metavar="DIR")
+    data: list = option(None, "folders of photos (default: dead leaves, made from the seed)", nargs="+", metavar="DIR")
     depth: str = option(None, "folder of depth maps for the photos, matched by name, for haze", metavar="DIR")
+    leaves: int = option(None, "how many dead-leaves images (default: by preset; with --data none)", metavar="N")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
     seed: int = option(0, "of weights, images, crops and degradations")
     out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)", metavar="DIR")
     resume: bool = option(False, "go on from OUT/last.pt")
+    print_plan: bool = option(False, "print the schedule and stop")
+    precision: str = option("fp32", "fp32 (the paper's), tf32 or bf16; what this machine computes in", metavar="KIND")
+    compile: bool = option(False, "torch.compile the network")
+    channels_last: bool = option(False, "channels-last memory format")
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    accumulate: int = option(1, "split each batch into N parts, one after another: less memory", metavar="N")
+    workers: int = option(None, "processes that prepare samples (default: 8 with a GPU, else 0)", metavar="N")
     cache: str = option(None, "where decoded images go (default: OUT/cache)", metavar="DIR")
+    save_every: int = option(None, "iterations between checkpoints (default: by preset)", metavar="N")
+    val_every: int = option(0, "iterations between validations within a stage (default: at its end only)", metavar="N")
     device: str = option(None, "cuda or cpu (default: cuda if there is one)")
 
     @property
     def recipe(self):
         """The arch's recipe with the preset's changes."""
-        return {**RECIPES[self.arch], **PRESETS[self.preset], "sizes": {} if self.preset == "paper" else SMALL[self.arch]}
+        changes = {**PRESETS[self.preset], **SPECIAL.get((self.preset, self.arch), {})}
+        sizes = {} if self.preset == "paper" else SMALL[self.arch]
+        return {**RECIPES[self.arch], **changes, "sizes": sizes}
 
     @property
     def name(self):
-        parts = (self.arch, "seq" if self.seq else "mixed", self.prompt or "plain", self.preset)
-        return "-".join(parts)
+        kind = () if self.arch == "classifier" else ("seq" if self.seq else "mixed", self.prompt or "plain")
+        return "-".join((self.arch, *kind, self.preset))
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message} (see python train.py --help)")
     for f in dataclasses.fields(Args):
-        kind = dict(action="store_true") if f.type == "bool" or f.type is bool else dict(
-            type=int if f.type is int else str, default=f.default)
-        parser.add_argument(f"--{f.name}", **kind, **f.metadata)
+        kind = dict(action="store_true") if f.type is bool else dict(type=int if f.type is int else str, default=f.default)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     if args.arch == "promptir" and args.prompt:
         parser.error("--arch promptir has prompts of its own; leave --prompt out")
+    if args.arch == "classifier" and (args.prompt or args.seq or args.order):
+        parser.error("--arch classifier sees all tasks at once; leave --seq, --order and --prompt out")
+    if args.precision == "fp16":
+        parser.error("--precision fp16 is not offered: SwinIR's activations overflow it; bf16 has the range and the speed")
+    if args.precision not in ("fp32", "tf32", "bf16"):
+        parser.error(f"--precision {args.precision}: choose fp32, tf32 or bf16")
+    for name, low in (("accumulate", 1), ("leaves", 1), ("workers", 0), ("save_every", 1), ("val_every", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
     args.out = args.out or f"runs/{args.name}"
     return args
 
 
-# ---------------------------------------------------------------------------------------------------
-# The state of a run, and its file
-# ---------------------------------------------------------------------------------------------------
+def print_plan(args):
+    """The whole schedule as a table: what --print-plan shows."""
+    r = args.recipe
+    print(f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, weight decay {r['weight_decay']:g}, "
+          f"{'cross-entropy' if args.arch == 'classifier' else 'L1 loss'}, EMA {r['ema']:g}, total batch {r['batch']}, "
+          f"crop {r['crop']}, eta_min {r['eta_min']:g}, seed {args.seed}\n")
+    rows = []
+    for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"]), 1):
+        at = {f"{t}": lr_at(t, stage.periods, r["lr"], r["eta_min"]) for t in (1, stage.iterations // 2, stage.iterations)}
+        rows.append([k, " ".join(stage.tasks), f"{stage.iterations}", f"{len(stage.periods)} x {stage.periods[0]}",
+                     *(f"{lr:.3e}" for lr in at.values())])
+    print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first", "lr middle", "lr last"], rows))
+    print(f"\ntotal: {sum(int(row[2]) for row in rows)} iterations; each stage starts with a fresh optimiser")
+
+
+# ---- The state of a run, and its files -----------------------------------------------------------
 
 class Run:
     """Everything that a checkpoint holds: the weights, where the run stands, and what it is."""
 
     def __init__(self, args, device):
-        self.args, self.recipe = args, args.recipe
+        self.args, self.recipe, self.out = args, args.recipe, Path(args.out)
         self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"])
         with torch.random.fork_rng(devices=[]):                 # leaves the caller's generator alone
             torch.manual_seed(args.seed)
-            self.model = build_model(args.arch, args.prompt, **self.recipe["sizes"]).to(device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.stage, self.iteration = 0, 0                       # in this stage, iterations done
+            self.model = (TaskClassifier(**self.recipe["sizes"]) if args.arch == "classifier" else
+                          build_model(args.arch, args.prompt, **self.recipe["sizes"])).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.stage, self.iteration = 0, 0                       # this stage, and iterations done in it
         self.table = []                                         # [(name, {task: PSNR}), ...]
         self.new_optimizer()
 
     def new_optimizer(self):
-        """Fresh for each stage: what Adam has learned about old tasks' gradients is forgotten."""
+        """Fresh for each stage: what Adam has learned about earlier gradients is forgotten."""
         self.optimizer = getattr(torch.optim, self.recipe["optimizer"])(
             self.model.parameters(), lr=self.recipe["lr"], betas=self.recipe["betas"],
             weight_decay=self.recipe["weight_decay"])
 
-    def facts(self, source_names):
-        """What must be the same for a run to go on."""
-        kept = {k: self.recipe[k] for k in ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")}
-        digest = "-".join(map(str, (len(source_names), seeded(*source_names).initial_seed())))
-        return {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed, "data": digest,
-                "stages": [[list(s.tasks), list(s.periods)] for s in self.stages], **kept}
+    def identify(self, names):
+        """Notes what must stay the same when the run goes on; names: of the images, in order."""
+        kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
+        self.facts = {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed,
+                      "order": [list(stage.tasks) for stage in self.stages],
+                      "periods": [list(stage.periods) for stage in self.stages],
+                      "data": f"{len(names)} images, fingerprint {seeded(*names).initial_seed():x}",
+                      **{key: self.recipe[key] for key in kept}}
 
-    def save(self, path, facts):
-        """Writes the whole state beside the file and puts it in place: a torn file never has the name."""
-        unfinished = Path(f"{path}.tmp")
-        torch.save({"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt, "sizes": self.recipe["sizes"],
-                    "raw": self.model.state_dict(), "ema": self.ema.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "stage": self.stage, "iteration": self.iteration,
-                    "table": self.table, "facts": facts}, unfinished)
-        os.replace(unfinished, path)
+    def save(self, keep=None):
+        """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: one more name."""
+        last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
+        state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt, "sizes": self.recipe["sizes"],
+                 "raw": self.model.state_dict(), "ema": self.ema.state_dict(), "facts": self.facts,
+                 "optimizer": self.optimizer.state_dict(), "stage": self.stage, "iteration": self.iteration,
+                 "table": self.table}
+        try:
+            with open(unfinished, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if last.exists():                                   # last.pt never lacks, not even for a moment
+                copy_or_link(last, self.out / "previous.pt")
+            os.replace(unfinished, last)
+            if keep:
+                copy_or_link(last, self.out / keep)
+        except (OSError, RuntimeError) as error:                # torch reports a full disk as RuntimeError
+            unfinished.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ValueError(f"{last}: not saved ({reason}); {self.last_good()}") from None
 
-    def load(self, path, facts):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        changed = [f"{k}: {saved['facts'].get(k)} then, {v} now" for k, v in facts.items()
-                   if saved["facts"].get(k) != v]
+    def last_good(self):
+        where = next((p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()), None)
+        return f"{where} is unharmed; make room and add --resume" if where else "no checkpoint was written yet"
+
+    def load(self, say):
+        """Goes on from last.pt, or from previous.pt if the newest is torn. Refuses another recipe."""
+        found = [p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()]
+        for path in found:
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                facts = saved["facts"]
+                break
+            except Exception as error:                          # torch raises a dozen kinds for torn files
+                say(f"{path} is torn ({str(error).splitlines()[0][:80]}); trying the one before")
+        else:
+            raise ValueError(f"--resume: there is no readable {self.out / 'last.pt'} to go on from")
+        changed = [f"{key}: {facts.get(key)} then, {value} now" for key, value in self.facts.items()
+                   if facts.get(key) != value]
         if changed:
             raise ValueError(f"--resume: {path} is of another run; {'; '.join(changed)}")
         self.model.load_state_dict(saved["raw"])
@@ -202,15 +276,71 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.stage, self.iteration = saved["stage"], saved["iteration"]
         self.table = [tuple(row) for row in saved["table"]]
+        say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------
+def copy_or_link(source, target):
+    """A second name for a file; a copy where the file system has no hard links. Never torn."""
+    unfinished = Path(f"{target}.tmp")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
 
-def loss_per_image(model, lq, gt, task):
-    """L1, the paper's only loss: (N,)."""
-    return (model(lq, task) - gt).abs().mean((1, 2, 3))
+
+# ---- One iteration -------------------------------------------------------------------------------
+
+class Machine:
+    """Where a run computes: the device, this process's rank among `world`, and how fast a way it takes.
+    None of it changes what is computed, but for rounding."""
+
+    def __init__(self, args):
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {kind}: this machine has {'cuda and ' * torch.cuda.is_available()}cpu")
+        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+        self.parts, self.args = args.accumulate, args
+        if args.recipe["batch"] % (self.world * self.parts):
+            raise ValueError(f"a total batch of {args.recipe['batch']} can't be split among {self.world} processes "
+                             f"x --accumulate {self.parts}; choose numbers that divide it")
+        if self.world > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+        torch.backends.cudnn.deterministic = True               # the same bits every time
+
+    def share(self, batch):
+        """Which samples of a batch are this process's: a list of parts, each a range."""
+        size = batch // (self.world * self.parts)
+        return [range(size * k, size * (k + 1)) for k in range(self.rank * self.parts, (self.rank + 1) * self.parts)]
+
+    def wrap(self, model):
+        """The model as it is called in training."""
+        if self.args.checkpointing:
+            recompute_blocks(model)
+        if self.args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        net = model
+        if self.world > 1:
+            net = torch.nn.parallel.DistributedDataParallel(model)
+        return torch.compile(net) if self.args.compile else net
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def gather(self, values):
+        """Adds up a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def loss_per_image(net, lq, gt, task):
+    """(N,): L1, the paper's only loss; for the classifier, cross-entropy."""
+    y = net(lq, task) if gt is not None else net(lq)
+    return F.cross_entropy(y, task, reduction="none") if gt is None else (y - gt).abs().mean((1, 2, 3))
 
 
 @torch.no_grad()
@@ -219,118 +349,269 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def step(run, lq, gt, task, lr):
-    """One iteration. Returns the loss of each image, (N,). Raises FloatingPointError before the weights
-    change if a loss is not finite."""
-    run.model.train()
+def step(run, net, parts, lr, machine, stop=False):
+    """One iteration over this process's parts of the batch, [(lq, gt, task), ...].
+
+    Returns the losses of the whole batch (N,), the gradient's norm, and whether a process wants to
+    stop. Raises FloatingPointError, before the weights change, where a loss is not finite.
+    """
+    batch = run.recipe["batch"]
+    net.train()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
-    losses = loss_per_image(run.model, lq, gt, task)
-    losses.mean().backward()
-    values = losses.detach()
+    losses = torch.zeros(batch + 1, device=machine.device)
+    losses[-1] = float(stop)                                    # rides along: all processes stop together
+    for k, (rows, (lq, gt, task)) in enumerate(zip(machine.share(batch), parts)):
+        last = k == len(parts) - 1
+        with contextlib.nullcontext() if last or machine.world == 1 else net.no_sync():
+            with machine.autocast():
+                loss = loss_per_image(net, lq, gt, task)
+            # Processes average their gradients, so each divides by its own share of the batch.
+            (loss.sum() * machine.world / batch).backward()
+        losses[rows.start:rows.stop] = loss.detach()
+    losses = machine.gather(losses)
+    if not losses.is_meta and not losses.isfinite().all():
+        raise FloatingPointError(int((~losses.isfinite()).nonzero()[0]))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     run.optimizer.step()
     update_ema(run.ema, run.model, run.recipe["ema"])
-    return values
+    return losses[:-1], norm, losses[-1] > 0
 
 
-def train_stage(run, source, device, log, save):
-    """Trains stage run.stage from iteration run.iteration to its end."""
-    stage, recipe = run.stages[run.stage], run.recipe
-    sums, counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
-    for t in range(run.iteration, stage.iterations):
-        torch.manual_seed(seeded(run.args.seed, run.stage, t).initial_seed())     # drop path's randomness
-        batch = [sample(source, stage.tasks, recipe["crop"], run.args.seed, run.stage, t, i, recipe["batch"])
-                 for i in range(recipe["batch"])]
-        lq, gt, task = make_batch(batch, recipe["crop"], device)
+# ---- The loop ------------------------------------------------------------------------------------
+
+class Stream(torch.utils.data.Dataset):
+    """Iteration t -> this process's samples. What they are depends on (seed, stage, t) alone, so any
+    worker may make them, and a resumed run sees what the uninterrupted one would have seen."""
+
+    def __init__(self, run, source, machine):
+        self.source, self.shares, self.recipe = source, machine.share(run.recipe["batch"]), run.recipe
+        self.tasks, self.seed, self.stage = run.stages[run.stage].tasks, run.args.seed, run.stage
+
+    def __getitem__(self, t):
+        try:
+            return [[sample(self.source, self.tasks, self.recipe["crop"], self.seed, self.stage, t, i,
+                            self.recipe["batch"]) for i in share] for share in self.shares]
+        except (ValueError, OSError) as error:                  # a worker's traceback would hide the file
+            return str(error)
+
+
+def train_stage(run, net, source, machine, log, validate):
+    """Trains run.stage from run.iteration to its end; True if asked to stop before."""
+    stage, recipe, device = run.stages[run.stage], run.recipe, machine.device
+    workers = run.args.workers if run.args.workers is not None else 8 if device.type == "cuda" else 0
+    loader = torch.utils.data.DataLoader(
+        Stream(run, source, machine), batch_size=None, sampler=range(run.iteration, stage.iterations),
+        num_workers=workers, pin_memory=device.type == "cuda", collate_fn=None)
+    for t, parts in zip(range(run.iteration, stage.iterations), loader):
+        if isinstance(parts, str):
+            raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {parts}; {run.last_good()}")
+        torch.manual_seed(seeded(run.args.seed, run.stage, t, machine.rank).initial_seed())     # drop path
+        parts = [prepare_batch(part, recipe["crop"], machine, run.args) for part in parts]
         lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
-        losses = step(run, lq, gt, task, lr).cpu()
-        sums.index_add_(0, task.cpu(), losses)
-        counts += task.cpu().bincount(minlength=len(TASKS))
+        tasks = torch.tensor([TASKS.index(task_of(stage.tasks, t, i, recipe["batch"])) for i in range(recipe["batch"])])
+        try:
+            losses, norm, stop = step(run, net, parts, lr, machine, log.stop is not None)
+        except FloatingPointError as fault:
+            name = TASKS[tasks[int(str(fault))]]
+            raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: the loss of {name} is not finite; the "
+                             f"weights were left as they were before; {run.last_good()}") from None
         run.iteration = t + 1
-        log.tick(recipe["batch"])
-        if run.iteration % recipe["log_every"] == 0 or run.iteration == stage.iterations:
-            means = {name: round((sums[i] / counts[i]).item(), 5) for i, name in enumerate(TASKS) if counts[i]}
-            log.progress(run, means, lr)
-            sums.zero_(), counts.zero_()
-        if run.iteration % recipe["save_every"] == 0:
-            save()
+        log.add(run, losses.cpu(), tasks, norm, lr)
+        if run.iteration % (run.args.save_every or recipe["save_every"]) == 0 and machine.rank == 0:
+            run.save()
+        if run.args.val_every and run.iteration % run.args.val_every == 0 and run.iteration < stage.iterations:
+            log.write(stage=run.stage + 1, iteration=run.iteration, psnr=validate())
+        if stop:
+            return True
+    return False
+
+
+def prepare_batch(samples, crop, machine, args):
+    """Degrades on the training device; the classifier sees degraded images alone."""
+    lq, gt, task = make_batch(samples, crop, machine.device)
+    if args.channels_last:
+        lq = lq.contiguous(memory_format=torch.channels_last)
+    return lq, None if args.arch == "classifier" else gt, task
 
 
 class Log:
-    """Progress on the screen and in log.jsonl."""
+    """Progress on the screen and in log.jsonl; one process of many speaks."""
 
-    def __init__(self, out, total):
-        self.file = open(out / "log.jsonl", "a", buffering=1)
-        self.total, self.done, self.images = total, 0, 0
-        self.before = None                    # iterations that an earlier session did
-        self.start = time.monotonic()
-        self.idle = 0.0                       # seconds not spent training
+    def __init__(self, run, machine):
+        self.speaks = machine.rank == 0
+        self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
+        self.total = sum(stage.iterations for stage in run.stages)
+        self.iterations, self.idle, self.start = 0, 0.0, time.monotonic()     # idle: seconds of validation
+        self.sums, self.counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
+        self.stop = None                                                      # the signal that asked to stop
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, frame: setattr(self, "stop", received))
 
-    def tick(self, images):
-        self.done += 1
-        self.images += images
-
-    def left(self, run):
-        """Seconds to the end of the run at the rate so far."""
-        done = sum(s.iterations for s in run.stages[:run.stage]) + run.iteration
-        return (self.total - done) * self.seconds() / max(self.done, 1)
-
-    def seconds(self):
-        return time.monotonic() - self.start - self.idle
-
-    def progress(self, run, losses, lr):
-        stage = run.stages[run.stage]
-        rate = self.images / self.seconds()
-        shown = " ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
-        print(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | loss {shown} | "
-              f"lr {lr:.1e} | {rate:.1f} images/s | {clock(self.left(run))} left", flush=True)
-        self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=losses, lr=lr,
-                   images_per_second=round(rate, 2), seconds_left=round(self.left(run)))
+    def say(self, text):
+        if self.speaks:
+            print(text, flush=True)
 
     def write(self, **fields):
-        self.file.write(json.dumps(fields) + "\n")
+        if self.speaks:
+            self.file.write(json.dumps(fields) + "\n")
+
+    def rate(self):
+        """Iterations per second of training in this session."""
+        return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
+
+    def left(self, run):
+        done = sum(stage.iterations for stage in run.stages[:run.stage]) + run.iteration
+        return (self.total - done) / self.rate()
+
+    def add(self, run, losses, tasks, norm, lr):
+        """Counts an iteration; speaks every log_every iterations."""
+        self.sums.index_add_(0, tasks, losses)
+        self.counts += tasks.bincount(minlength=len(TASKS))
+        self.iterations += 1
+        stage, batch = run.stages[run.stage], run.recipe["batch"]
+        if self.iterations == 20:
+            self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
+        if run.iteration % run.recipe["log_every"] and run.iteration != stage.iterations:
+            return
+        means = {task: round((self.sums[i] / self.counts[i]).item(), 5) for i, task in enumerate(TASKS) if self.counts[i]}
+        self.sums.zero_(), self.counts.zero_()
+        self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | loss "
+                 f"{' '.join(f'{task} {loss:.4f}' for task, loss in means.items())} | lr {lr:.1e} | "
+                 f"{self.rate() * batch:.1f} images/s | {clock(self.left(run))} left")
+        self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=means, lr=lr,
+                   gradient_norm=round(norm.item(), 5), images_per_second=round(self.rate() * batch, 2),
+                   seconds_left=round(self.left(run)))
 
 
 def clock(seconds):
     minutes = int(seconds + 30) // 60
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else (
-        f"{minutes} min" if minutes >= 2 else f"{int(seconds)} s")
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{int(seconds)} s"
 
 
-def show_table(run, out):
-    """The stage x task table, printed, and written as table.md and table.png."""
-    rows = [[name, *(values[task] for task in TASKS), float(np.mean([values[task] for task in TASKS]))]
-            for name, values in run.table]
-    text = markdown(["PSNR (dB) after", *TASKS, "mean"], rows)
-    (out / "table.md").write_text(text + "\n")
-    trained = {(i + 1, TASKS.index(task)) for i, stage in enumerate(run.stages) for task in stage.tasks}
-    matrix_picture(out / "table.png", f"{run.args.name}: PSNR in dB after each stage (framed: trained in it)",
-                   [*TASKS, "mean"], [(row[0], row[1:]) for row in rows], trained)
-    print(text, flush=True)
+def peak_memory(device):
+    """GB: of the GPU if one is used, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def prepare(args):
-    """The output folder and the images. Refuses what would lose an earlier run."""
+# ---- A whole run ---------------------------------------------------------------------------------
+
+def open_images(args, say):
+    """The images to train on. Refuses what would lose an earlier run."""
     out = Path(args.out)
-    if (out / "last.pt").exists() and not args.resume:
+    if not args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
         raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose another --out")
-    if args.resume and not (out / "last.pt").exists():
+    if args.resume and not any((out / name).exists() for name in ("last.pt", "previous.pt")):
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     recipe = args.recipe
-    items = photo_items(args.data, args.depth) if args.data else leaf_items(*recipe["leaves"], args.seed)
+    count, edge = recipe["leaves"]
+    items = photo_items(args.data, args.depth) if args.data else []
+    if args.leaves or not args.data:
+        items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
-    return out, ImageCache(args.cache or out / "cache", items, recipe["crop"])
+    return ImageCache(args.cache or out / "cache", items, recipe["crop"], say)
 
 
-def announce(run, source, device):
-    total = sum(stage.iterations for stage in run.stages)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"on {device}: {run.args.name}, {parameters:,} parameters, {total:,} iterations of {run.recipe['batch']} "
-          f"crops of {run.recipe['crop']} x {run.recipe['crop']} from {len(source)} images", flush=True)
+def show_table(run, say):
+    """The stage x task table: printed, and written as table.md and table.png."""
+    unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
+    rows = [[name, *(values[task] for task in TASKS), float(np.mean([values[task] for task in TASKS]))]
+            for name, values in run.table]
+    text = markdown([f"{unit} after", *TASKS, "mean"], rows)
+    (run.out / "table.md").write_text(text + "\n")
+    trained = {(i + 1, TASKS.index(task)) for i, stage in enumerate(run.stages) for task in stage.tasks}
+    matrix_picture(run.out / "table.png", f"{run.args.name}: {unit} after each stage (framed: trained in it)",
+                   [*TASKS, "mean"], [(row[0], row[1:]) for row in rows], trained)
+    curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl")
+    say(text)
+
+
+def announce(run, source, machine, say):
+    recipe = run.recipe
+    where = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else (
+        f"cpu, {torch.get_num_threads()} threads")
+    say(f"on {where}{f', {machine.world} processes' if machine.world > 1 else ''}: {run.args.name}, "
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, "
+        f"{sum(stage.iterations for stage in run.stages):,} iterations of {recipe['batch']} crops of {recipe['crop']} x "
+        f"{recipe['crop']} from {len(source)} images, {run.args.precision}")
     for k, stage in enumerate(run.stages, 1):
-        print(f"  stage {k}: {', '.join(stage.tasks)}; {stage.iterations:,} iterations", flush=True)
-    return total
+        say(f"  stage {k}: {', '.join(stage.tasks)}; {stage.iterations:,} iterations")
+
+
+def train(args):
+    if args.print_plan:
+        return print_plan(args)
+    machine = Machine(args)
+    source = None
+    if machine.rank == 0:                                       # one process decodes, the others wait
+        source = open_images(args, print)
+    if machine.world > 1:
+        dist.barrier()
+        source = source or open_images(dataclasses.replace(args, resume=args.resume), lambda text: None)
+    run = Run(args, machine.device)
+    run.identify(source.names)
+    net = machine.wrap(run.model)
+    log = Log(run, machine)
+    announce(run, source, machine, log.say)
+    if args.resume:
+        run.load(log.say)
+    pairs = validation_pairs(builtin_images(run.recipe["validate"]))
+
+    def validate():
+        started = time.monotonic()
+        scores = None
+        if machine.rank == 0:
+            scores = (confusion(run.model, pairs, machine.device)[0] if args.arch == "classifier" else
+                      mean_psnr(run.model, pairs, machine.device))
+        if machine.world > 1:
+            dist.barrier()
+        log.idle += time.monotonic() - started
+        return scores
+    if not run.table:
+        run.table = [("chance", dict.fromkeys(TASKS, 100 / 7)) if args.arch == "classifier" else
+                     ("input", {task: float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))
+                                for task, examples in pairs.items()})]
+    while run.stage < len(run.stages):
+        stage = run.stages[run.stage]
+        if run.iteration == 0:
+            run.new_optimizer()
+        log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
+        if train_stage(run, net, source, machine, log, validate):
+            return stopped(run, log, machine)
+        run.table.append((f"stage {run.stage + 1} (+{stage.tasks[-1]})" if args.seq else "mixed", validate()))
+        run.stage, run.iteration = run.stage + 1, 0
+        if machine.rank == 0:
+            run.save(keep=f"stage{run.stage}.pt")
+            log.write(stage=run.stage, psnr=run.table[-1][1])
+            show_table(run, log.say)
+    if machine.rank == 0:
+        finish(run, pairs, log, machine)
+
+
+def stopped(run, log, machine):
+    """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown."""
+    if machine.rank == 0:
+        run.save()
+        again = " ".join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+        log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. To go on:\n  python {again}")
+    sys.exit(128 + (log.stop or signal.SIGTERM))
+
+
+def finish(run, pairs, log, machine):
+    if run.args.arch == "classifier":
+        accuracy, matrix = confusion(run.model, pairs, machine.device)
+        log.say("\ntrue task \\ named as, images\n" + markdown(["", *TASKS], [[t, *row] for t, row in zip(TASKS, matrix)]))
+        log.say(f"accuracy {np.mean(list(accuracy.values())):.1f} % on held-out images")
+    else:
+        task_strips(run.out / "strips.png", run.model, pairs, machine.device)
+    log.say(f"done in {clock(time.monotonic() - log.start)}, {log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
+            f"{peak_memory(machine.device):.1f} GB: {run.out}/last.pt, log.jsonl, table.png, curves.png, strips.png\n"
+            f"next: python eval.py {run.out}/last.pt")
 
 
 def main(argv=None):
@@ -339,38 +620,9 @@ def main(argv=None):
         train(args)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-
-
-def train(args):
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out, source = prepare(args)
-    run = Run(args, device)
-    facts = run.facts(source.names)
-    if args.resume:
-        run.load(out / "last.pt", facts)
-    total = announce(run, source, device)
-    pairs = validation_pairs(builtin_images(2 if args.preset == "smoke" else 8))
-    if not run.table:
-        run.table = [("input", {task: float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))
-                                for task, examples in pairs.items()})]
-    log = Log(out, total)
-    while run.stage < len(run.stages):
-        stage = run.stages[run.stage]
-        if run.iteration == 0:
-            run.new_optimizer()
-            print(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}", flush=True)
-        train_stage(run, source, device, log, lambda: run.save(out / "last.pt", facts))
-        started = time.monotonic()
-        run.table.append((f"stage {run.stage + 1} (+{stage.tasks[-1]})" if args.seq else "mixed",
-                          mean_psnr(run.model, pairs, device)))
-        run.stage, run.iteration = run.stage + 1, 0
-        run.save(out / "last.pt", facts)
-        show_table(run, out)
-        log.write(stage=run.stage, psnr=run.table[-1][1])
-        log.idle += time.monotonic() - started
-    task_strips(out / "strips.png", run.model, pairs, device)
-    print(f"done in {clock(log.seconds() + log.idle)}: {out}/last.pt, log.jsonl, table.png, strips.png\n"
-          f"next: python eval.py {out}/last.pt", flush=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_restore_pads_as_the_published_protocol_does():
             return x
     for multiple, square, size in ((1, False, (37, 200)), (8, False, (40, 200)), (64, False, (64, 256)),
                                    (128, True, (256, 256))):
-        spy = Spy(None, {})
+        spy = Spy(None, {}, 64)
         spy.multiple, spy.square = multiple, square
         x = torch.rand(1, 3, 37, 200)
         assert torch.equal(restore(spy, x), x)                 # cut back to where the image was
