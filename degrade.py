@@ -1,14 +1,20 @@
 """The seven degradations of MiOIR, batched and on any device; images to degrade; training batches.
 
-    python degrade.py --images DIR --out DIR --split both --seed 0     # write test sets
+    python degrade.py --images photos --out testsets                          # In-Dis test sets
+    python degrade.py --images photos --depth maps --out testsets --split both --seed 3
+    python eval.py runs/demo/last.pt --testsets testsets                      # reads what was written
 
 Every degradation takes and gives (N,3,H,W) in [0,1] and one parameter per image, and rounds its
 result to 8 bits as the published data are: y = jpeg(x, quality=torch.tensor([30, 45, 70])).
 Source: paper, Section 4.1 and the published data_script/add_MiO_train_degradation.py (OpenCV, DiffJPEG).
 """
+import argparse
+import csv
 import hashlib
 import math
 import os
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -223,10 +229,11 @@ def darken(x, gamma):
     return quantize(x ** per_image(gamma, x))
 
 
-def bicubic_x4(x):
-    """A quarter of the size and back, both bicubic without antialiasing (torch's own)."""
+def bicubic_x4(x, stored=False):
+    """A quarter of the size and back, both bicubic without antialiasing (torch's own).
+    stored: the small image is an 8-bit file in between, as in the published test sets."""
     small = F.interpolate(x, [max(s // 4, 1) for s in x.shape[2:]], mode="bicubic")
-    return quantize(F.interpolate(small, x.shape[2:], mode="bicubic"))
+    return quantize(F.interpolate(quantize(small) if stored else small, x.shape[2:], mode="bicubic"))
 
 
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
@@ -333,7 +340,7 @@ def _outline(kind, theta, rng):
 
 def _leaf_texture(u, v, top, left, radius, noises, rng):
     """Brightness of a leaf's surface around 0: gratings, noise, or nearly nothing; then shading."""
-    kind, strength = rng.random(), rng.uniform(0.01, 0.12)
+    kind, strength = rng.random(), rng.uniform(0.02, 0.16) * (rng.random() < 0.4)   # most are smooth
     if kind < 0.25:
         frequency, angle = rng.uniform(1.5, max(radius / 3, 2)), rng.uniform(0, np.pi)
         texture = np.sin(frequency * np.pi * (u * np.cos(angle) + v * np.sin(angle)) + rng.uniform(0, 7))
@@ -355,16 +362,16 @@ def dead_leaves(height, width, generator):
     Returns image (1,3,H,W) in [0,1], rounded to 8 bits, and its true depth (1,1,H,W) in (0,1].
     """
     rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
-    noises = [spectrum_noise(height, width, slope, rng) for slope in (0.4, 0.8, 1.3)]
+    noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
     palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
     image, depth = _backdrop(height, width, palette, noises, rng)
     smallest, largest = np.exp(rng.uniform(np.log(3), np.log(12))), max(height, width) / 2.5
     # Enough leaves to cover the image about once: the mean area under r^-3 is 2 pi s^2 log(l/s).
-    count = int(height * width / (2 * np.pi * smallest ** 2 * np.log(largest / smallest))) + 8
+    count = int(0.7 * height * width / (2 * np.pi * smallest ** 2 * np.log(largest / smallest))) + 8
     radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
     for k, radius in enumerate(radii):                                            # from far to near
         _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
-    image *= np.exp(0.2 * spectrum_noise(height, width, 1.8, rng))[..., None]    # uneven light
+    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))[..., None]    # uneven light
     image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
     image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.6))            # the lens
     return image, torch.from_numpy(depth)[None, None]
@@ -373,7 +380,7 @@ def dead_leaves(height, width, generator):
 def _backdrop(height, width, palette, noises, rng):
     """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    image = palette[0] * (1 - down) + palette[1] * down + rng.uniform(0.01, 0.05) * noises[2][..., None]
+    image = palette[0] * (1 - down) + palette[1] * down + rng.uniform(0, 0.03) * noises[2][..., None]
     depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))
     return image.astype(np.float32), depth.astype(np.float32)
 
@@ -669,3 +676,106 @@ def validation_pairs(images, split="in", seed=0):
     return {task: [(degrade(gt, task, split, depth, seeded("validation", seed, split, task, k)), gt)
                    for k, (gt, depth) in enumerate(images)]
             for task in RANGES[split]}
+
+
+# ---- Writing test sets -------------------------------------------------------------------------------
+
+def _test_images(path, name, depth_path, out, split, seed):
+    """Writes the degraded versions of one image that are not there yet. Returns rows of params.csv."""
+    torch.set_num_threads(1)
+    try:
+        x = to_tensor(read_image(path))
+        depth = None if depth_path is None else torch.from_numpy(read_depth(depth_path))[None, None]
+    except ValueError as error:
+        return str(error)
+    rows, size = [], x.shape[2:]
+    write_image(out / "original" / "GT" / f"{name}.png", to_image(x))
+    for which in ("in", "out") if split == "both" else (split,):
+        for task in RANGES[which]:
+            g = seeded(seed, which, task, name)
+            drawn = draw(task, size, which, g)
+            d_max = None
+            if task == "haze" and depth is None:
+                depth_here, d_max = depth_prior(*size, g), 1.0
+            else:
+                depth_here = depth
+            target = out / {"in": f"single_indis/{task}", "out": f"single_outbig/{task}_outbig"}[which] / f"{name}.png"
+            if not target.exists():
+                y = bicubic_x4(x, stored=True) if task == "sr" else apply(x, task, drawn, depth_here, d_max)
+                write_image(target, to_image(y))
+            numbers = {key: value.item() for key, value in drawn.items() if value.numel() == 1}
+            rows.append([str(target.relative_to(out)), task, which, g.initial_seed(),
+                         " ".join(f"{key}={value:g}" for key, value in numbers.items())])
+    return rows
+
+
+def write_image(path, image):
+    """Writes a PNG whole or not at all, and leaves one that is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            Image.fromarray(image).save(unfinished, format="PNG")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
+    """Degrades all images of a folder into the published test-set layout, with params.csv.
+
+    The same seed gives the same bytes, on any number of cores and after any interruption. Returns the
+    number of images that could not be read.
+    """
+    out, files = Path(out), find_depths(list_images([folder]), depth_folder)
+    names = {path: "_".join(path.relative_to(folder).with_suffix("").parts) for path in files}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{folder}: two images have the same name but for their ending; rename one")
+    plan = out / "params.csv"
+    settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
+    if plan.exists() and plan.read_text().splitlines()[0] != settings:
+        raise ValueError(f"--out {out} holds other test sets ({plan.read_text().splitlines()[0][2:]}); choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    plan.write_text(settings + "\n")                       # begun; the rows follow when all is done
+    results, start = {}, time.monotonic()
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(files)),
+                             mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_test_images, path, names[path], depth, out, split, seed): path
+                   for path, depth in files.items()}
+        for count, future in enumerate(as_completed(futures), 1):
+            results[futures[future]] = future.result()
+            rate = count / (time.monotonic() - start)
+            say(f"{count}/{len(files)} {futures[future].name} | {rate:.2f} images/s | {(len(files) - count) / rate:.0f} s left")
+    bad = [result for result in results.values() if isinstance(result, str)]
+    with open(f"{plan}.tmp", "w", newline="") as file:
+        file.write(settings + "\n")
+        writer = csv.writer(file)
+        writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
+        for path in files:
+            if not isinstance(results[path], str):
+                writer.writerows(results[path])
+    os.replace(f"{plan}.tmp", plan)
+    for reason in bad:
+        say(f"skipped {reason}")
+    say(f"{out}: {len(files) - len(bad)} images in {time.monotonic() - start:.0f} s; next: python eval.py CKPT --testsets {out}")
+    return len(bad)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"degrade.py: {message} (see python degrade.py --help)")
+    parser.add_argument("--images", required=True, metavar="DIR", help="pictures to degrade, in any subfolders")
+    parser.add_argument("--depth", metavar="DIR", help="depth maps for haze, matched by name (default: a smooth prior)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where original/, single_indis/, ... go")
+    parser.add_argument("--split", choices=("in", "out", "both"), default="in", help="In-Dis, Out-Dis ranges, or both")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        if write_test_sets(args.images, args.out, args.split, args.seed, args.depth):
+            sys.exit(1)
+    except (ValueError, OSError) as error:
+        sys.exit(f"degrade.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
