@@ -418,19 +418,42 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def read_image(path):
-    """Any image file -> (H,W,3) uint8 RGB, turned upright by its EXIF tag; grey, palette, CMYK, alpha
-    and 16-bit files are converted. Raises ValueError with a line that names the file."""
+def open_image(path):
+    """An image file, decoded, upright by its EXIF tag: (PIL image, notes on what was changed).
+    Raises ValueError with one line that names the file and what is wrong with it."""
+    notes = []
     try:
         with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {limit}; "
+                                 "if you trust the file, --max-pixels N raises it")
+            if getattr(image, "n_frames", 1) > 1:
+                notes.append("the first of its frames")
             image = ImageOps.exif_transpose(image)
             if image.mode in ("F", "I") or image.mode.startswith("I;16"):         # deeper than 8 bits
-                values = np.asarray(image, dtype=np.float64)
-                top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
-                image = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+                notes.append("read as 8 bits")
+                values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+                peak = values.max()
+                full = 1.0 if image.mode == "F" and peak <= 1 else 255.0 if peak <= 255 else 65535.0
+                info = image.info
+                image = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
+                image.info = info
+            image.load()
+            return image, notes
+    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
+
+
+def to_rgb(image):
+    """PIL image -> (H,W,3) uint8; palette, grey and CMYK are converted, alpha is set aside."""
+    return np.asarray(image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB"))
+
+
+def read_image(path):
+    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does."""
+    return to_rgb(open_image(path)[0])
 
 
 def to_tensor(image):

@@ -1,15 +1,21 @@
 """Evaluate a model, or restore one's own pictures with it.
 
-    python eval.py runs/demo/last.pt                          # seven tasks x (input, output, gain)
-    python eval.py runs/demo/last.pt --images photos/         # the same on your images
+    python eval.py runs/demo/last.pt                                  # seven tasks: in, out, gain
     python eval.py runs/demo/last.pt --input photo.jpg --output restored.png --task noise
+    python eval.py runs/demo/last.pt --input photos/ --output restored/ --task auto --compare
+    python eval.py Restormer_S_EP.pth --prompts type7.npy --testsets MiO100   # the paper's 19 sets
+    python eval.py runs/demo/last.pt --prompt-matrix                  # what a wrong prompt costs
 
 Metrics are the paper's: PSNR and SSIM on 8-bit RGB, output clamped and rounded, 4 border pixels cut,
 averaged over the images of a set; raw weights, not EMA. Source: paper, Section 5.1, and BasicSR.
 """
 import argparse
+import hashlib
 import json
+import os
+import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +23,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from degrade import (builtin_images, find_depths, list_images, read_depth, read_image, to_image, to_tensor,
-                     validation_pairs)
+from degrade import (builtin_images, find_depths, list_images, open_image, read_depth, read_image,
+                     to_image, to_rgb, to_tensor, validation_pairs)
 from mioir import TASKS, TaskClassifier, load_model, restore
 
 
@@ -84,10 +90,10 @@ def confusion(classifier, pairs, device):
 
 
 def restored(model, lq, task, device, tile=None):
-    """(1,3,H,W) -> (H,W,3) uint8. task: a name or (1,7) weights; only "ep" models listen."""
+    """(1,3,H,W) -> (H,W,3) uint8. task: a name or (1,7) weights; only "ep" models need one."""
     if isinstance(task, str):
         task = torch.tensor([TASKS.index(task)])
-    return to_image(restore(model, lq.to(device), task.to(device), tile))
+    return to_image(restore(model, lq.to(device), None if task is None else task.to(device), tile))
 
 
 # ---- Tables and pictures -------------------------------------------------------------------------
@@ -104,11 +110,11 @@ def markdown(header, rows):
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def matrix_picture(path, title, columns, rows, outlined=()):
-    """Draws a table of numbers: each cell green by what it gains on the first row, red by what it loses.
+def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
+    """Draws a table of numbers: each cell green by what it gains on its reference, red by what it loses.
 
-    rows: [(name, [number, ...]), ...]; the first row is the reference of its column. outlined: set of
-    (row, column) to frame, such as the tasks that a stage trains on.
+    rows: [(name, [number, ...]), ...]. reference: "first" row, of the same column, or "last" column,
+    of the same row. outlined: set of (row, column) to frame, such as the tasks a stage trains on.
     """
     cell_w, cell_h, left, top = 78, 34, 190, 66
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
@@ -117,7 +123,8 @@ def matrix_picture(path, title, columns, rows, outlined=()):
     pen.text((12, 10), title, "black", bold)
     for j, column in enumerate(columns):
         pen.text((left + (j + 0.5) * cell_w, top - 14), column, "black", font, anchor="mm")
-    gains = np.array([values for _, values in rows]) - np.array(rows[0][1])
+    gains = np.array([values for _, values in rows])
+    gains = gains - (gains[:1] if reference == "first" else gains[:, -1:])
     reach = max(np.abs(gains).max(), 1e-6)
     for i, (name, values) in enumerate(rows):
         pen.text((left - 10, top + (i + 0.5) * cell_h), name, "black", font, anchor="rm")
@@ -202,27 +209,9 @@ def task_strips(path, model, pairs, device):
     strip_picture(path, ["degraded", "restored", "truth"], rows)
 
 
-# ---- The command line ----------------------------------------------------------------------------
+# ---- Which prompt: the user's word, or the classifier's ----------------------------------------------
 
-def evaluate(model, pairs, device, say):
-    """Rows (task, PSNR in, out, gain, SSIM in, out, gain) over {task: [(lq, gt), ...]}, and their mean."""
-    rows = []
-    for task, examples in pairs.items():
-        scores = []
-        for lq, gt in examples:
-            y, x, truth = restored(model, lq, task, device, auto_tile(lq)), to_image(lq), to_image(gt)
-            scores.append([psnr(x, truth), psnr(y, truth), ssim(x, truth), ssim(y, truth)])
-        p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
-        rows.append([task, p_in, p_out, p_out - p_in, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_out - s_in:+.4f}"])
-        say(f"{task}: {p_in:.2f} -> {p_out:.2f} dB over {len(examples)} images")
-    numbers = np.array([[float(v) for v in row[1:]] for row in rows]).mean(0).tolist()
-    rows.append(["mean", *numbers[:3], f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"])
-    return rows
-
-
-def auto_tile(x):
-    """Whole up to a megapixel; above it, tiles of 512, so that memory stays bounded."""
-    return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else None
+CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"
 
 
 def parse_task(text):
@@ -231,8 +220,8 @@ def parse_task(text):
     for part in text.split(","):
         name, _, weight = part.partition(":")
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or mix them as "
-                             "noise:0.7,jpeg:0.3")
+            raise ValueError(f"unknown task {name!r}: choose auto, one of {', '.join(TASKS)}, or a "
+                             "mixture such as noise:0.7,jpeg:0.3")
         try:
             weights[0, TASKS.index(name)] = float(weight or 1)
         except ValueError:
@@ -240,8 +229,52 @@ def parse_task(text):
     return weights
 
 
+@torch.no_grad()
+def classify(classifier, x, device):
+    """(task name, confidence in [0,1]) for one image (1,3,H,W); of a large one, its middle decides."""
+    top, left = (max(s - 1024, 0) // 2 for s in x.shape[2:])
+    x = x[:, :, top:top + 1024, left:left + 1024]
+    x = F.pad(x, (0, max(9 - x.shape[3], 0), 0, max(9 - x.shape[2], 0)), mode="replicate")
+    probability = classifier(x.to(device)).softmax(1)[0]
+    return TASKS[probability.argmax().item()], probability.max().item()
+
+
+def load_classifier(path, device):
+    """The classifier of --classifier, or the one that ships in assets/."""
+    path = path or CLASSIFIER
+    if not Path(path).exists():
+        raise ValueError(f"there is no classifier {path} to tell the task: name it with --task (one of "
+                         f"{', '.join(TASKS)}), or train one (train.py --arch classifier) and give --classifier FILE")
+    classifier, _ = load_model(path, device=device)
+    if not isinstance(classifier, TaskClassifier):
+        raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
+    return classifier
+
+
+def auto_tile(model, x):
+    """Whole up to a megapixel; above it, tiles of 512, so that memory stays bounded."""
+    return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else None
+
+
+# ---- The table over images that we degrade ourselves --------------------------------------------------
+
+def evaluate(model, pairs, device, say):
+    """Rows (task, PSNR in, out, gain, SSIM in, out, gain) over {task: [(lq, gt), ...]}, and their mean."""
+    rows = []
+    for task, examples in pairs.items():
+        scores = []
+        for lq, gt in examples:
+            y, x, truth = restored(model, lq, task, device, auto_tile(model, lq)), to_image(lq), to_image(gt)
+            scores.append([psnr(x, truth), psnr(y, truth), ssim(x, truth), ssim(y, truth)])
+        p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
+        rows.append([task, p_in, p_out, p_out - p_in, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_out - s_in:+.4f}"])
+        say(f"{task}: {p_in:.2f} -> {p_out:.2f} dB over {len(examples)} images")
+    numbers = np.array([[float(v) for v in row[1:]] for row in rows]).mean(0).tolist()
+    return [*rows, ["mean", *numbers[:3], f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"]]
+
+
 def load_images(folder, depth_folder):
-    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of a folder; unreadable files are named and skipped."""
+    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of a folder; bad files are named and skipped."""
     images = []
     for path, depth in find_depths(list_images([folder]), depth_folder).items():
         try:
@@ -254,50 +287,7 @@ def load_images(folder, depth_folder):
     return images
 
 
-def restore_file(args, model, device):
-    """--input FILE --output FILE."""
-    if args.task is None and model.prompt == "ep":
-        raise ValueError(f"this model wants to know the task: add --task with one of {', '.join(TASKS)}")
-    task = parse_task(args.task or TASKS[0])
-    output = Path(args.output or Path(args.input).with_name(Path(args.input).stem + "_restored.png").name)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {output}: not a picture's name; end it in .png")
-    if output.exists() and not args.overwrite:
-        raise ValueError(f"--output {output} exists; choose another name or add --overwrite")
-    x = to_tensor(read_image(args.input))
-    y = restored(model, x, task, device, args.tile or auto_tile(x))
-    unfinished = output.with_name(output.name + ".tmp")
-    Image.fromarray(y).save(unfinished, format=Image.registered_extensions()[output.suffix.lower()])
-    unfinished.replace(output)
-    print(f"{args.input} -> {output}, {y.shape[1]} x {y.shape[0]} pixels")
-
-
-def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a file written by train.py, or one published with the paper")
-    parser.add_argument("--images", metavar="DIR", help="evaluate on these, not on the built-in images")
-    parser.add_argument("--depth", metavar="DIR", help="depth maps of --images, for haze")
-    parser.add_argument("--seed", type=int, default=0, help="of the degradations")
-    parser.add_argument("--input", metavar="FILE", help="a picture to restore")
-    parser.add_argument("--output", metavar="PATH", help="where the restored picture, or the strips, go")
-    parser.add_argument("--task", help="what is wrong with --input: a task, or a mixture noise:0.7,jpeg:0.3")
-    parser.add_argument("--tile", type=int, metavar="N", help="tiles of N pixels (default: chosen by size)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="raw: as the paper does")
-    parser.add_argument("--prompts", metavar="NPY", help="type7.npy, for a published 'ep' checkpoint")
-    return parser.parse_args(argv)
-
-
-def run(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = None if args.prompts is None else np.load(args.prompts, allow_pickle=False)
-    model, info = load_model(args.checkpoint, args.weights, device, prompts)
-    if isinstance(model, TaskClassifier):
-        raise ValueError(f"{args.checkpoint} is a task classifier; it restores nothing")
-    name = f"{info['arch']}{'-' + info['prompt'].upper() if info['prompt'] else ''}"
-    print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.weights} weights, on {device}")
-    if args.input:
-        return restore_file(args, model, device)
+def table(args, model, device):
     images = load_images(args.images, args.depth) if args.images else builtin_images()
     strips = Path(args.output or Path(args.checkpoint).with_name("strips.png"))
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
@@ -308,15 +298,303 @@ def run(args):
               f"{'' if split == 'in' else ' (sr: ranges not published)'}\n\n{markdown(header, rows)}")
         if split == "in":
             task_strips(strips, model, pairs, device)
-    print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, true task given. "
+    print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, true task told. "
           f"Picture: {strips}")
+
+
+def prompt_matrix(args, model, device):
+    """Each task's images restored with each of the seven prompts: what a wrong prompt costs."""
+    if model.prompt != "ep":
+        raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
+    images = load_images(args.images, args.depth) if args.images else builtin_images()
+    rows = []
+    for task, examples in validation_pairs(images, "in", args.seed).items():
+        scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(model, lq)), to_image(gt))
+                                 for lq, gt in examples])) for prompt in TASKS]
+        rows.append([task, *scores, float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))])
+    print(markdown(["images \\ prompt", *TASKS, "input"], rows))
+    path = Path(args.output or Path(args.checkpoint).with_name("prompts.png"))
+    matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)", [*TASKS, "input"],
+                   [(row[0], row[1:]) for row in rows], {(i, i) for i in range(len(TASKS))}, reference="last")
+    print(f"\nPSNR in dB, {len(images)} images, seed {args.seed}, {args.weights} weights. Picture: {path}")
+
+
+# ---- The paper's 19 test sets -------------------------------------------------------------------------
+
+# Published PSNR (Tables 3 and 4): sr, blur, noise, jpeg, rain, haze, dark, then the averages over the
+# In-Dis, Out-Dis and Unknown sets; None where the paper gives none.
+ORDER = ("sr", "blur", "noise", "jpeg", "rain", "haze", "dark")
+PAPER = {
+    ("srresnet", "M", None): (25.52, 30.01, 30.49, 32.46, 32.38, 25.57, 30.20, 29.52, 24.88, 18.02),
+    ("srresnet", "S", None): (25.72, 30.49, 30.67, 32.73, 32.81, 25.78, 30.45, 29.81, None, None),
+    ("srresnet", "M", "ep"): (25.73, 30.78, 30.81, 33.12, 34.26, 25.84, 31.29, 30.26, None, None),
+    ("srresnet", "S", "ep"): (25.90, 31.23, 30.88, 33.16, 34.31, 26.13, 30.91, 30.36, 25.43, 17.84),
+    ("srresnet", "M", "ap"): (25.52, 30.16, 30.48, 32.52, 33.46, 25.55, 29.48, 29.60, None, None),
+    ("srresnet", "S", "ap"): (25.73, 30.66, 30.60, 32.68, 34.13, 25.51, 28.97, 29.76, 24.88, 19.08),
+    ("swinir", "M", None): (25.51, 30.63, 30.81, 32.79, 34.38, 28.83, 34.43, 31.05, 26.09, 18.36),
+    ("swinir", "S", None): (26.02, 31.58, 31.36, 33.40, 36.69, 29.58, 34.64, 31.90, None, None),
+    ("swinir", "M", "ep"): (25.77, 31.26, 31.22, 33.41, 36.56, 29.16, 34.90, 31.75, None, None),
+    ("swinir", "S", "ep"): (26.15, 31.98, 31.48, 33.66, 37.84, 29.65, 35.05, 32.26, 26.97, 18.70),
+    ("swinir", "M", "ap"): (25.40, 30.33, 30.22, 32.34, 33.77, 27.88, 33.20, 30.45, None, None),
+    ("swinir", "S", "ap"): (26.04, 31.74, 31.40, 33.48, 36.94, 29.37, 34.99, 32.00, 26.86, 18.98),
+}
+_UNKNOWN = "DIV2K_valid_LR_difficult DIV2K_valid_LR_mild DIV2K_valid_LR_wild valid-input-noisy".split()
+TESTSETS = {  # name: (group, task or None, folder of LQ, folder of GT)
+    **{t: ("In-Dis", t, f"single_indis/{t}", "original/GT") for t in ORDER},
+    **{f"{t}_outbig": ("Out-Dis", t, f"single_outbig/{t}_outbig", "original/GT") for t in ORDER},
+    **{s: ("Unknown", None, f"unknow/LQ_LR/{s}", "unknow/DIV2K_valid_HR_toLR") for s in _UNKNOWN},
+    "Toled_val": ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ"),
+}
+
+
+def match_pairs(lq_folder, gt_folder):
+    """[(LQ file, GT file), ...]: by stem, where an LQ stem may go on after the GT's ("0801_rain",
+    "0801x4m"); if stems say nothing, in sorted order. Raises ValueError where neither works."""
+    lqs, gts = list_images([lq_folder]), list_images([gt_folder])
+    by_stem = {gt.stem: gt for gt in gts}
+    def partner(stem):
+        longest = [s for s in by_stem if stem == s or re.match(re.escape(s) + "(?![0-9])", stem)]
+        return by_stem[max(longest, key=len)] if longest else None
+    pairs = [(lq, partner(lq.stem)) for lq in lqs]
+    if all(gt for _, gt in pairs):
+        return pairs
+    if len(lqs) == len(gts):
+        return list(zip(lqs, gts))
+    raise ValueError(f"{lq_folder}: {len(lqs)} images can't be paired with the {len(gts)} of {gt_folder}, by name or by order")
+
+
+def schedule_of(args, info):
+    """"M" or "S": from our checkpoint's stages, or from a published file's name, as in Restormer_S_EP."""
+    if not info["published"]:
+        return "S" if len(info["facts"]["periods"]) > 1 else "M"
+    found = re.search(r"[_-]([MS])(?=[_.-])", Path(args.checkpoint).name)
+    return found[1] if found else None
+
+
+def testsets(args, model, info, device):
+    """The table over whichever of the 19 sets are in the folder; the same as JSON beside it."""
+    root = Path(args.testsets)
+    if not root.is_dir():
+        raise ValueError(f"--testsets {root}: no such folder")
+    present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
+    if not present:
+        raise ValueError(f"--testsets {root}: none of the published folders, such as single_indis/rain or original/GT")
+    missing = [name for name in TESTSETS if name not in present]
+    if missing:
+        print(f"not there, left out: {', '.join(missing)}", file=sys.stderr)
+    paper = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), (None,) * 10)
+    paper_of = {**dict(zip(ORDER, paper)), **dict(zip(("In-Dis", "Out-Dis", "Unknown"), paper[7:]))}
+    ask = model.prompt == "ep" and not args.oracle
+    classifier = load_classifier(args.classifier, device) if ask else None
+    scores, start = {}, time.monotonic()
+    for name in present:
+        group, task, lq_folder, gt_folder = TESTSETS[name]
+        values = []
+        for lq_path, gt_path in match_pairs(root / lq_folder, root / gt_folder):
+            lq, gt = to_tensor(read_image(lq_path)), read_image(gt_path)
+            named = classify(classifier, lq, device)[0] if ask else task
+            if named is None and model.prompt == "ep":
+                raise ValueError(f"{name}: nobody knows this set's degradation; leave --oracle out, so that the "
+                                 "classifier chooses the prompt")
+            h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))   # an LQ may lack the GT's last rows
+            y = restored(model, lq, named, device, args.tile or auto_tile(model, lq))
+            values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
+        scores[name] = np.mean(values, 0).tolist()
+        print(f"  {name}: {scores[name][0]:.2f} dB over {len(values)} images, {time.monotonic() - start:.0f} s so far",
+              file=sys.stderr)
+    rows = [[name, *_beside(scores[name][0], paper_of.get(name)), f"{scores[name][1]:.4f}"] for name in present]
+    for group in ("In-Dis", "Out-Dis", "Unknown"):
+        members = [scores[name] for name in present if TESTSETS[name][0] == group]
+        if members:
+            scores[group] = np.mean(members, 0).tolist()
+            complete = len(members) == sum(g == group for g, *_ in TESTSETS.values())
+            rows.append([f"{group} average", *_beside(scores[group][0], paper_of[group] if complete else None),
+                         f"{scores[group][1]:.4f}"])
+    convention = (f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, "
+                  + ("no prompt" if model.prompt is None else "adaptive prompt" if model.prompt == "ap" else
+                     "true task told (--oracle)" if args.oracle else "prompts chosen by the classifier"))
+    print(markdown(["set", "PSNR", "paper", "difference", "SSIM"], rows) + f"\n\n{convention}")
+    report = Path(args.output or Path(args.checkpoint).with_suffix(".testsets.json"))
+    report.write_text(json.dumps({"checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
+                                  "psnr": {k: v[0] for k, v in scores.items()}, "ssim": {k: v[1] for k, v in scores.items()},
+                                  "paper": {k: v for k, v in paper_of.items() if v is not None}}, indent=1))
+    print(f"JSON: {report}")
+    if args.expect is not None:
+        got = scores.get("In-Dis", [float("nan")])[0]
+        if not abs(got - args.expect) <= args.tolerance:
+            sys.exit(f"eval.py: expected an In-Dis average of {args.expect:g} +- {args.tolerance:g} dB, got {got:.2f}")
+        print(f"In-Dis average {got:.2f} dB: as expected")
+
+
+def _beside(ours, paper):
+    return (ours, "" if paper is None else paper, "" if paper is None else f"{ours - paper:+.2f}")
+
+
+# ---- Restoring one's own pictures ---------------------------------------------------------------------
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
+
+
+def restore_picture(source, target, args, model, classifier, device):
+    """One file to one file of the same size; returns what is worth saying about it."""
+    if target.exists() and not args.overwrite:
+        raise ValueError(f"{target} exists; choose another --output or add --overwrite")
+    picture, notes = open_image(source)
+    rgb = to_rgb(picture)
+    x = to_tensor(rgb)
+    name = args.task
+    if classifier is not None:
+        name, confidence = classify(classifier, x, device)
+        notes.append(f"task {name}, {100 * confidence:.0f} % sure"
+                     + ("" if confidence > 0.6 else " - low: look at it, or name the task with --task"))
+    task = parse_task(name) if model.prompt == "ep" else None
+    tile = args.tile or auto_tile(model, x)
+    if tile:
+        notes.append(f"in tiles of {tile}")
+    y = restored(model, x, task, device, tile)
+    save_picture(target, y, picture)
+    if args.compare:
+        strip = target.with_name(target.stem + "_compare.png")
+        strip_picture(strip, ["before", "after"], [("", [rgb, y])], edge=min(max(rgb.shape[:2]), 1200))
+    return ", ".join([f"{source} -> {target}", f"{y.shape[1]} x {y.shape[0]}", *notes])
+
+
+def save_picture(target, rgb, like):
+    """Writes what `like` was: grey stays grey, alpha and ICC profile are kept. Whole, or not at all."""
+    out, bands = Image.fromarray(rgb), like.getbands()
+    if bands[0] in ("1", "L", "I", "F"):
+        out = out.convert("L")
+    kind = FORMATS[target.suffix.lower()]
+    if "A" in bands and kind != "JPEG" and kind != "BMP":
+        out.putalpha(like.getchannel("A"))
+    profile = like.info.get("icc_profile") if "C" not in bands else None          # a CMYK profile fits no RGB
+    unfinished = target.with_name(f".{hashlib.sha256(str(target).encode()).hexdigest()[:16]}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        out.save(unfinished, format=kind, **({"icc_profile": profile} if profile else {}),
+                 **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise ValueError(f"{target}: not written ({error.strerror or error})") from None
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
+
+
+def restore_pictures(args, model, device):
+    """--input FILE or DIR. A folder goes on after a bad file, names it, and the exit code is 1."""
+    source = Path(args.input)
+    if args.task is None and model.prompt == "ep" and not (args.classifier or CLASSIFIER.exists()):
+        raise ValueError(f"this model wants to know the task: add --task with one of {', '.join(TASKS)}")
+    auto = model.prompt == "ep" and args.task in (None, "auto")
+    classifier = load_classifier(args.classifier, device) if auto else None
+    if args.task not in (None, "auto"):
+        parse_task(args.task)                               # complain before any work is done
+    if not source.is_dir():
+        target = Path(args.output or source.with_name(source.stem + "_restored.png").name)
+        target = target / source.name if target.is_dir() else target
+        if target.suffix.lower() not in FORMATS:
+            raise ValueError(f"--output {target}: the ending must be one of {' '.join(FORMATS)}")
+        print(restore_picture(source, target, args, model, classifier, device))
+        return
+    if not args.output:
+        raise ValueError("--input is a folder: name another one with --output")
+    files, bad, start = list_images([source]), [], time.monotonic()
+    for count, path in enumerate(files, 1):
+        try:
+            said = restore_picture(path, Path(args.output) / path.relative_to(source), args, model, classifier, device)
+            left = (time.monotonic() - start) / count * (len(files) - count)
+            print(f"{count}/{len(files)} {said} | {left:.0f} s left", flush=True)
+        except ValueError as error:
+            bad.append(str(error))
+    for reason in bad:
+        print(f"failed: {reason}", file=sys.stderr)
+    print(f"{len(files) - len(bad)} of {len(files)} pictures restored to {args.output}")
+    if bad:
+        sys.exit(1)
+
+
+def interpolate(args, model, device):
+    """A strip from one task's prompt to another's: --interpolate noise,jpeg --steps 5."""
+    names = args.interpolate.split(",")
+    if model.prompt != "ep" or len(names) != 2 or not args.input or args.steps < 2:
+        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE and --steps of at least 2")
+    first, second = map(parse_task, names)
+    x = to_tensor(read_image(args.input))
+    shares = [k / (args.steps - 1) for k in range(args.steps)]
+    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(model, x)) for s in shares]
+    path = Path(args.output or "interpolation.png")
+    strip_picture(path, ["input", *(f"{names[0]} {1 - s:.2f} {names[1]} {s:.2f}" for s in shares)],
+                  [("", [to_image(x), *images])])
+    print(f"picture: {path}")
+
+
+# ---- The command line -----------------------------------------------------------------------------------
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"eval.py: {message} (see python eval.py --help)")
+    add = parser.add_argument
+    add("checkpoint", help="a file written by train.py, or one published with the paper")
+    add("--images", metavar="DIR", help="evaluate on these, not on the built-in images")
+    add("--depth", metavar="DIR", help="depth maps of --images, for haze")
+    add("--seed", type=int, default=0, help="of the degradations")
+    add("--testsets", metavar="DIR", help="evaluate on the published test sets in this folder")
+    add("--oracle", action="store_true", help="with --testsets: tell the true task, don't ask the classifier")
+    add("--expect", type=float, metavar="DB", help="with --testsets: fail unless the In-Dis average is this")
+    add("--tolerance", type=float, default=0.05, metavar="DB")
+    add("--prompt-matrix", action="store_true", help="each task's images with each of the seven prompts")
+    add("--interpolate", metavar="A,B", help="with --input: a strip from task A's prompt to task B's")
+    add("--steps", type=int, default=5, help="pictures in that strip")
+    add("--input", metavar="PATH", help="a picture, or a folder of pictures, to restore")
+    add("--output", metavar="PATH", help="where the result goes")
+    add("--task", help="auto (the classifier decides), a task, or a mixture noise:0.7,jpeg:0.3")
+    add("--classifier", metavar="FILE", help="task classifier for auto (default: the one in assets/)")
+    add("--compare", action="store_true", help="also write before/after pictures")
+    add("--tile", type=int, metavar="N", help="tiles of N pixels (default: by the picture's size)")
+    add("--overwrite", action="store_true", help="replace existing output")
+    add("--max-pixels", type=int, metavar="N", help="accept pictures of up to N pixels (default: pillow's limit)")
+    add("--weights", choices=("raw", "ema"), default="raw", help="raw: as the paper does")
+    add("--prompts", metavar="NPY", help="type7.npy, for a published 'ep' checkpoint")
+    args = parser.parse_args(argv)
+    if args.tile is not None and args.tile < 1:
+        parser.error(f"--tile must be positive, not {args.tile}")
+    return args
+
+
+def read_prompts(path):
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--prompts {path}: not a .npy file of numbers ({error})") from None
+
+
+def run(args):
+    if args.max_pixels:
+        Image.MAX_IMAGE_PIXELS = args.max_pixels
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, info = load_model(args.checkpoint, args.weights, device, args.prompts and read_prompts(args.prompts))
+    if isinstance(model, TaskClassifier):
+        raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; give it as --classifier")
+    name = f"{info['arch']}{'-' + info['prompt'].upper() if info['prompt'] else ''}"
+    print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.weights} weights, on {device}")
+    if args.interpolate:
+        interpolate(args, model, device)
+    elif args.input:
+        restore_pictures(args, model, device)
+    elif args.testsets:
+        testsets(args, model, info, device)
+    elif args.prompt_matrix:
+        prompt_matrix(args, model, device)
+    else:
+        table(args, model, device)
 
 
 def main(argv=None):
     try:
         run(arguments(argv))
     except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+        sys.exit(f"eval.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

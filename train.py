@@ -64,8 +64,8 @@ SMALL = {
 }
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=8),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=14,
-                 crop=48, period=80, ema=0.99),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=10,
+                 crop=40, period=130, ema=0.99, channels_last=True),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=2, batch=8, crop=48, period=2, ema=0.9),
 }
 SPECIAL = {         # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
@@ -303,6 +303,7 @@ class Machine:
             raise ValueError(f"--device {kind}: this machine has {'cuda and ' * torch.cuda.is_available()}cpu")
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
         self.parts, self.args = args.accumulate, args
+        self.channels_last = args.channels_last or args.recipe.get("channels_last", False)
         if args.recipe["batch"] % (self.world * self.parts):
             raise ValueError(f"a total batch of {args.recipe['batch']} can't be split among {self.world} processes "
                              f"x --accumulate {self.parts}; choose numbers that divide it")
@@ -320,7 +321,7 @@ class Machine:
         """The model as it is called in training."""
         if self.args.checkpointing:
             recompute_blocks(model)
-        if self.args.channels_last:
+        if self.channels_last:
             model.to(memory_format=torch.channels_last)
         net = model
         if self.world > 1:
@@ -431,7 +432,7 @@ def train_stage(run, net, source, machine, log, validate):
 def prepare_batch(samples, crop, machine, args):
     """Degrades on the training device; the classifier sees degraded images alone."""
     lq, gt, task = make_batch(samples, crop, machine.device)
-    if args.channels_last:
+    if machine.channels_last:
         lq = lq.contiguous(memory_format=torch.channels_last)
     return lq, None if args.arch == "classifier" else gt, task
 

@@ -1,0 +1,272 @@
+"""Long runs: killed, stopped, torn, split among processes - and always the same bits."""
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mioir
+import train
+from degrade import TASKS, leaf_items, make_batch, ImageCache
+from test_models import KINDS, SMALL
+
+ROOT = Path(__file__).parent.parent
+# Children start from a server that has imported everything but computed nothing: safe and fast.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
+
+
+def child(argv, preset, limit=None):
+    """A run in a process of its own, with one thread and a changed smoke preset."""
+    torch.set_num_threads(1)
+    train.PRESETS["smoke"].update(preset)
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.stdout = open(os.devnull, "w") if not os.environ.get("SHOW") else sys.stdout
+    train.main(argv)
+
+
+def start(out, *more, preset=(), limit=None):
+    argv = ["--arch", "srresnet", "--seq", "--preset", "smoke", "--out", str(out), "--save-every", "1", *more]
+    process = FORKS.Process(target=child, args=(argv, {"batch": 4, "crop": 32, "validate": 1, **dict(preset)}, limit))
+    process.start()
+    return process
+
+
+def finish(out, *more, **options):
+    process = start(out, *more, **options)
+    process.join(120)
+    return process.exitcode
+
+
+def weights(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def assert_same_bits(a, b):
+    assert (a["stage"], a["iteration"], a["table"]) == (b["stage"], b["iteration"], b["table"])
+    for part in ("raw", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert finish(out) == 0
+    return out
+
+
+def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(whole, tmp_path):
+    moments, kills, out = random.Random(0), 0, tmp_path / "out"
+    while kills < 20:
+        process = start(out, *(["--resume"] if (out / "last.pt").exists() else []))
+        process.join(moments.uniform(0.1, 2.0))
+        if process.exitcode is None:
+            process.kill()                                         # SIGKILL: no time to tidy up
+            process.join()
+            kills += 1
+        elif kills < 20 and process.exitcode == 0:                 # it got to the end: start over
+            assert_same_bits(weights(out), weights(whole))
+            out = tmp_path / f"out{kills}"
+    assert finish(out, *(["--resume"] if (out / "last.pt").exists() else [])) == 0
+    assert_same_bits(weights(out), weights(whole))
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_torn_newest_checkpoint_is_reported_and_the_one_before_is_used(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    process = start(out)
+    while not (out / "previous.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    torn = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(torn[:len(torn) // 2])
+    assert finish(out, "--resume") == 0
+    assert_same_bits(weights(out), weights(whole))
+
+
+def test_the_last_two_and_each_stages_end_are_kept(whole):
+    names = {path.name for path in whole.glob("*.pt")}
+    assert names == {"last.pt", "previous.pt", *(f"stage{k}.pt" for k in range(1, 8))}
+    assert [weights(whole, f"stage{k}.pt")["stage"] for k in (1, 4, 7)] == [1, 4, 7]
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_saves_and_shows_the_command_that_goes_on(whole, tmp_path, number):
+    out = tmp_path / "out"
+    code = ("import sys, torch; sys.path.insert(0, sys.argv.pop(1)); import train; torch.set_num_threads(1); "
+            "train.PRESETS['smoke'].update(batch=4, crop=32, validate=1); train.main()")
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), "--arch", "srresnet", "--seq", "--preset", "smoke",
+                                "--out", str(out), "--save-every", "1"], stdout=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number and "--resume" in said.splitlines()[-1]
+    assert finish(out, "--resume") == 0
+    assert_same_bits(weights(out), weights(whole))
+
+
+def test_a_full_disk_loses_nothing(whole, tmp_path):
+    """The file-size limit makes the write fail half-way, as a full disk does."""
+    out = tmp_path / "out"
+    assert finish(out, limit=300_000) != 0
+    assert not (out / "last.pt").exists() and not list(out.glob("*.tmp"))
+    process = start(out)
+    while not (out / "previous.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    before = (out / "last.pt").read_bytes()
+    assert finish(out, "--resume", limit=300_000) != 0
+    assert (out / "last.pt").read_bytes() == before
+    assert finish(out, "--resume") == 0
+    assert_same_bits(weights(out), weights(whole))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_checkpoint(tmp_path, monkeypatch):
+    real, calls = train.loss_per_image, []
+
+    def poisoned(net, lq, gt, task):
+        calls.append(1)
+        loss = real(net, lq, gt, task)
+        return torch.where(task == TASKS.index("jpeg"), torch.nan, loss) if len(calls) > 2 else loss
+    monkeypatch.setattr(train, "loss_per_image", poisoned)
+    monkeypatch.setitem(train.PRESETS["smoke"], "period", 2)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--arch", "srresnet", "--seq", "--order", "rjb", "--preset", "smoke", "--out", str(tmp_path / "out"),
+                    "--save-every", "1"])
+    line = str(stopped.value.code)
+    assert "stage 2, iteration 1" in line and "jpeg" in line and "last.pt" in line and "\n" not in line
+    saved = weights(tmp_path / "out")
+    assert all(value.isfinite().all() for value in saved["raw"].values())
+
+
+def test_a_cached_image_that_vanishes_is_named(tmp_path):
+    out = tmp_path / "out"
+    train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(out)])
+    with pytest.raises(ValueError, match="stage 1, iteration 1.*leaves-192-0-"):
+        args = train.parse(["--arch", "srresnet", "--preset", "smoke", "--out", str(out), "--resume"])
+        source = train.open_images(args, lambda text: None)
+        for path in (out / "cache").glob("*.npy"):
+            path.unlink()
+        run, machine = train.Run(args, torch.device("cpu")), train.Machine(args)
+        train.train_stage(run, run.model, source, machine, train.Log(run, machine), None)
+
+
+# The same run, however it is split -----------------------------------------------------------------------
+
+def log_losses(out):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in lines if "loss" in entry]
+
+
+def split_run(tmp_path, name, processes, *more):
+    """The first iterations of one stage under torchrun, every loss logged."""
+    script = tmp_path / "start.py"
+    script.write_text("import sys, torch; sys.path.insert(0, %r); import train; torch.set_num_threads(1)\n"
+                      "train.PRESETS['smoke'].update(batch=8, crop=32, log_every=1, period=5, validate=1)\n"
+                      "train.RECIPES['srresnet']['order'] = 'rjbs'\n"
+                      "if __name__ == '__main__':\n    train.main()\n" % str(ROOT))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
+    subprocess.run([sys.executable, *(command if processes > 1 else []), str(script), "--arch", "srresnet", "--seq",
+                    "--preset", "smoke", "--out", str(tmp_path / name), *more], check=True, capture_output=True, timeout=200)
+    return log_losses(tmp_path / name)
+
+
+def test_two_processes_and_accumulation_repeat_the_single_process_run(tmp_path):
+    alone = split_run(tmp_path, "alone", 1)
+    for losses in (split_run(tmp_path, "two", 2), split_run(tmp_path, "parts", 1, "--accumulate", "2")):
+        assert len(losses) == len(alone) >= 20
+        for a, b in zip(alone[:20], losses[:20]):
+            assert a.keys() == b.keys() and all(abs(a[task] - b[task]) <= 1e-4 * abs(a[task]) + 1e-5 for task in a)
+
+
+def test_batches_are_the_same_bit_for_bit_however_they_are_split(tmp_path):
+    args = train.parse(["--arch", "srresnet", "--preset", "smoke", "--out", str(tmp_path)])
+    cache = ImageCache(tmp_path / "cache", leaf_items(3, 128, 0), 48)
+    run, machine = train.Run(args, torch.device("cpu")), train.Machine(args)
+
+    def batch(world, parts):
+        shares = []
+        for machine.rank in range(world):
+            machine.world, machine.parts = world, parts
+            for share in train.Stream(run, cache, machine)[3]:
+                shares.append(make_batch(share, 48, "cpu"))
+        return [torch.cat(column) for column in zip(*shares)]
+    one = batch(1, 1)
+    for other in (batch(2, 1), batch(1, 2), batch(2, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_workers_accumulation_and_precision_flags_run(tmp_path):
+    common = ["--arch", "restormer", "--prompt", "--preset", "smoke", "--cache", str(tmp_path / "cache")]
+    train.main([*common, "--out", str(tmp_path / "plain")])
+    train.main([*common, "--out", str(tmp_path / "workers"), "--workers", "2"])
+    assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "workers"))
+    train.main([*common, "--out", str(tmp_path / "other"), "--precision", "bf16", "--channels-last", "--checkpointing",
+                "--accumulate", "2", "--val-every", "3"])
+    log = [json.loads(line) for line in (tmp_path / "other" / "log.jsonl").read_text().splitlines()]
+    assert any("psnr" in entry and "iteration" in entry for entry in log)
+    assert (tmp_path / "other" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("arch, prompt", KINDS)
+def test_checkpointing_gives_the_same_gradients(arch, prompt):
+    models = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = mioir.build_model(arch, prompt, **SMALL[arch]).train()
+        if recompute:
+            mioir.recompute_blocks(model)
+        torch.manual_seed(1)                                       # drop path's draws
+        model(torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(2)), torch.tensor([1, 4])).mean().backward()
+        models.append(model)
+    for a, b in zip(*(m.parameters() for m in models)):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--precision", "fp16"], ["SwinIR", "overflow", "bf16"]),
+    (["--precision", "int8"], ["fp32", "bf16"]),
+    (["--accumulate", "3"], ["3", "divide"]),
+    (["--accumulate", "0"], ["--accumulate", "1"]),
+    (["--device", "tpu"], ["tpu", "cpu"]),
+    (["--arch", "classifier", "--prompt"], ["classifier", "--prompt"]),
+])
+def test_flags_that_cannot_work_are_refused(tmp_path, argv, words):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--preset", "smoke", "--out", str(tmp_path / "out"), *argv])
+    line = str(stopped.value.code)
+    assert line.startswith("train.py: ") and "\n" not in line and all(word in line for word in words)
+
+
+@pytest.mark.parametrize("arch", train.RECIPES)
+@pytest.mark.parametrize("seq", ([], ["--seq"]))
+def test_the_printed_plan_is_the_papers(arch, seq, capsys):
+    if arch == "classifier" and seq:
+        pytest.skip("the classifier sees all tasks at once")
+    train.main(["--arch", arch, *seq, "--print-plan"])
+    said = capsys.readouterr().out
+    recipe = train.RECIPES[arch]
+    for fact in (recipe["optimizer"], f"total batch {recipe['batch']}", f"crop {recipe['crop']}", "lr 0.0002"):
+        assert fact in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")][1:]
+    periods = {"classifier": 4}.get(arch, 10)
+    assert sum(int(row[2]) for row in rows) == periods * recipe["period"]
+    assert [row[3] for row in rows] == ([f"1 x {recipe['period']}"] * 6 + [f"4 x {recipe['period']}"] if seq else
+                                        [f"{periods} x {recipe['period']}"])
+    if seq:
+        assert [row[1].split() for row in rows][-1] == [train.LETTERS[c] for c in recipe["order"]]
+    assert all(row[4] == "2.000e-04" for row in rows)
