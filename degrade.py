@@ -2,7 +2,7 @@
 
     python degrade.py --images photos --out testsets                          # In-Dis test sets
     python degrade.py --images photos --depth maps --out testsets --split both --seed 3
-    python eval.py runs/demo/last.pt --testsets testsets                      # reads what was written
+    python eval.py runs/demo/last.pt --testsets testsets                    # reads what was written
 
 Every degradation takes and gives (N,3,H,W) in [0,1] and one parameter per image, and rounds its
 result to 8 bits as the published data are: y = jpeg(x, quality=torch.tensor([30, 45, 70])).
@@ -13,8 +13,10 @@ import csv
 import hashlib
 import math
 import os
+import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from mioir import TASKS, reflect_pad
 # What is drawn for each image: (lowest, highest), both included. "in" trains and tests (In-Dis), "out"
 # tests only (Out-Dis). Numbers with a point are rounded to 2 decimals, the others are integers.
 RANGES = {
-    "in": {"blur": {"sigma": (1.0, 3.0), "kernel_size": (7, 21)},      # kernel_size: odd numbers only
+    "in": {"blur": {"sigma": (1.0, 3.0), "kernel_size": (7, 21)},    # kernel_size: odd numbers only
            "noise": {"sigma": (15, 50)},                               # of 255 grey levels
            "jpeg": {"quality": (30, 70)},
            "rain": {"density": (50, 99), "width": (3, 11), "length": (20, 40), "angle": (-45, 44)},
@@ -62,10 +64,10 @@ def gaussian_blur(x, kernel_size, sigma):
     kernel_size, sigma = per_image(kernel_size, x)[:, 0, 0], per_image(sigma, x)[:, 0, 0]   # (N,1)
     at = torch.arange(-10, 11, device=x.device)                                   # room for 21 taps
     taps = torch.exp(-0.5 * (at / sigma) ** 2) * (at.abs() <= kernel_size // 2)   # (N,21)
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)             # one row per channel
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)          # one row per channel
     n, _, h, w = x.shape
     x = reflect_pad(x, 10, 10, 10, 10).flatten(0, 1)[None]                        # (1,3N,H+20,W+20)
-    x = F.conv2d(x, taps[:, None, :, None], groups=3 * n)                         # the kernel is a product
+    x = F.conv2d(x, taps[:, None, :, None], groups=3 * n)                  # the kernel is a product
     x = F.conv2d(x, taps[:, None, None, :], groups=3 * n)                         # of two 1-d ones
     return quantize(x.view(n, 3, h, w))
 
@@ -88,7 +90,7 @@ _CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99
 def _jpeg_block(channel, table, factor):
     """Quantises the 8x8 cosine transform of (N,H,W) in grey levels, H and W multiples of 8."""
     k = torch.arange(8, device=channel.device)
-    cosine = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) / 2               # (frequency, pixel)
+    cosine = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) / 2             # (frequency, pixel)
     cosine[0] /= math.sqrt(2)
     n, h, w = channel.shape
     blocks = channel.view(n, h // 8, 8, w // 8, 8).transpose(2, 3) - 128          # (N,H/8,W/8,8,8)
@@ -148,7 +150,7 @@ def streak_kernels(width, length, angle):
     # The inverse map: from a pixel of the kernel to the point of the diagonal it shows.
     a, b = (torch.cos(angle) / scale)[:, None, None], (torch.sin(angle) / scale)[:, None, None]
     centre = (length / 2)[:, None, None]
-    at = torch.arange(-20, 20, device=length.device).double() + length[:, None] // 2         # (N,40)
+    at = torch.arange(-20, 20, device=length.device).double() + length[:, None] // 2        # (N,40)
     y, x = at[:, :, None], at[:, None, :]                  # pixel coordinates inside each kernel
     def fixed(value):                                      # OpenCV's fixed point, 10 bits
         return (value * 1024).round()
@@ -168,7 +170,7 @@ def streak_kernels(width, length, angle):
     last = length[:, None, None] - 1
     reach = at[:, :, None] + torch.arange(-5, 6, device=length.device)            # (N,40,11)
     reach = last - (last - reach.abs()).abs()
-    blur = ((reach[..., None] == at[:, None, None, :]) * taps[:, None, :, None]).sum(2)      # (N,40,40)
+    blur = ((reach[..., None] == at[:, None, None, :]) * taps[:, None, :, None]).sum(2)  # (N,40,40)
     blur = blur * inside[:, :, None]
     return blur @ streak @ blur.mT
 
@@ -184,7 +186,7 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
     n, _, h, w = field.shape
     density, width, length, angle = (per_image(p, field, torch.float64).flatten()
                                      for p in (density, width, length, angle))
-    if n > 1 and field.device.type == "cpu":               # one at a time fits the processor's cache
+    if n > 1 and field.device.type == "cpu":              # one at a time fits the processor's cache
         each = zip(field.split(1), density, width, length, angle)
         return torch.cat([rain_streaks(*one, peak=peak) for one in each])
     drops = torch.where(field >= 256 - density.view(n, 1, 1, 1) / 100, field, 0)[:, 0].double()
@@ -194,7 +196,7 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
     kernel = F.conv2d(streak_kernels(width, length, angle)[:, None], halo[None, None], padding=2)[:, 0]
     drops = reflect_pad(drops[:, None], 21, 20, 21, 20)[:, 0]                     # (N,H+41,W+41)
     size = [_fast_size(s) for s in drops.shape[1:]]
-    spectrum = torch.fft.rfft2(drops, s=size) * torch.fft.rfft2(kernel, s=size).conj()   # conj: no flip
+    spectrum = torch.fft.rfft2(drops, s=size) * torch.fft.rfft2(kernel, s=size).conj()  # conj: no flip
     layer = torch.fft.irfft2(spectrum, s=size)[:, None, :h, :w]
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
     return ((layer - low) / (high - low).clamp_min(1e-12) * (255 * peak) + 1e-9).floor().float() / 255
@@ -239,7 +241,7 @@ def bicubic_x4(x, stored=False):
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
 
 _STEPS = {"kernel_size": 2, "width": 2, "density": 1, "length": 1, "angle": 1}    # evenly, in steps
-RAIN_FIELD = 512       # edge of the field from which a training crop's rain is cut, and the brightness
+RAIN_FIELD = 512    # edge of the field from which a training crop's rain is cut, and the brightness
 RAIN_PEAK = 0.88       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
 
 
@@ -340,7 +342,7 @@ def _outline(kind, theta, rng):
 
 def _leaf_texture(u, v, top, left, radius, noises, rng):
     """Brightness of a leaf's surface around 0: gratings, noise, or nearly nothing; then shading."""
-    kind, strength = rng.random(), rng.uniform(0.02, 0.16) * (rng.random() < 0.4)   # most are smooth
+    kind, strength = rng.random(), rng.uniform(0.02, 0.16) * (rng.random() < 0.4)  # most are smooth
     if kind < 0.25:
         frequency, angle = rng.uniform(1.5, max(radius / 3, 2)), rng.uniform(0, np.pi)
         texture = np.sin(frequency * np.pi * (u * np.cos(angle) + v * np.sin(angle)) + rng.uniform(0, 7))
@@ -400,15 +402,15 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     u = ((np.cos(angle) * x + np.sin(angle) * y) / (radius * stretch)).astype(np.float32)
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
-    inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius    # pixels to the edge
-    edge = rng.uniform(0.6, 1.7)                                                  # its blur, in pixels
+    inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius  # pixels to the edge
+    edge = rng.uniform(0.6, 1.7)                                               # its blur, in pixels
     cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]
     shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
     texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
     patch = image[top:bottom, left:right]
     colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35)) + rng.normal(0, 0.02, 3)
-    colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)                 # akin to its surroundings
-    patch *= 1 - shadow * (1 - cover)                                             # darker beside a leaf
+    colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)         # akin to its surroundings
+    patch *= 1 - shadow * (1 - cover)                                         # darker beside a leaf
     patch += cover * (np.clip(colour, 0.02, 1) * (1 + texture) - patch)
     depth[top:bottom, left:right][cover[..., 0] > 0.5] = leaf_depth
 
@@ -423,27 +425,36 @@ def open_image(path):
     Raises ValueError with one line that names the file and what is wrong with it."""
     notes = []
     try:
-        with Image.open(path) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {limit}; "
-                                 "if you trust the file, --max-pixels N raises it")
-            if getattr(image, "n_frames", 1) > 1:
-                notes.append("the first of its frames")
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("F", "I") or image.mode.startswith("I;16"):         # deeper than 8 bits
-                notes.append("read as 8 bits")
-                values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-                peak = values.max()
-                full = 1.0 if image.mode == "F" and peak <= 1 else 255.0 if peak <= 255 else 65535.0
-                info = image.info
-                image = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
-                image.info = info
-            image.load()
-            return image, notes
-    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError,
-            Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")            # what matters is said below, in one line
+            with Image.open(path) as image:
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit and image.width * image.height > limit:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                if getattr(image, "n_frames", 1) > 1:
+                    notes.append("the first of its frames")
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+                    notes.append("read as 8 bits")
+                    image = _to_8_bits(image)
+                image.load()
+                return image, notes
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); if you trust "
+                         "the file, raise PIL.Image.MAX_IMAGE_PIXELS (eval.py: --max-pixels N)") from None
+    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError) as error:
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
+
+
+def _to_8_bits(image):
+    """A 16-bit or floating-point grey image -> 8 bits, scaled by what its numbers seem to mean."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    peak = values.max()
+    full = 1.0 if image.mode == "F" and peak <= 1 else 255.0 if peak <= 255 else 65535.0
+    info = image.info
+    image = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
+    image.info = info
+    return image
 
 
 def to_rgb(image):
@@ -540,6 +551,18 @@ def _store(maker, arguments, target):
     return None
 
 
+def _stored_bytes(item):
+    """What an item will take on the disk; for a photo, from its file's head."""
+    _, maker, arguments = item
+    if maker is _make_leaves:
+        return 7 * arguments[0] ** 2                   # 3 bytes of colour and 4 of depth a pixel
+    try:
+        with Image.open(arguments[0]) as image:
+            return 3 * image.width * image.height
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0                                       # it will be named when it is decoded
+
+
 class ImageCache:
     """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
 
@@ -572,6 +595,10 @@ class ImageCache:
         todo = [item for item in items if not self._path(item[0]).exists()]
         jobs = [(maker, arguments, str(self.folder / name)) for name, maker, arguments in todo]
         names = [name for name, _, _ in todo]
+        needed, free = sum(map(_stored_bytes, todo)), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+                             "free; name a folder on a larger disk with --cache")
         workers = min(os.cpu_count() or 1, len(todo) // 32)
         bad, step = {}, max(len(todo) // 10, 25)
         def done(count, name, reason):
@@ -667,7 +694,7 @@ def make_batch(samples, crop, device):
     """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop), and task: (N,) rows of TASKS."""
     canvas = torch.stack([s["canvas"] for s in samples]).to(device, non_blocking=True).float() / 255
     degraded = torch.empty_like(canvas)
-    for task in {s["task"]: None for s in samples}:                               # in order, once each
+    for task in {s["task"]: None for s in samples}:                            # in order, once each
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         group = [samples[i] for i in rows]
         def join(key):

@@ -51,7 +51,7 @@ def psnr(a, b, crop=4):
 def ssim(a, b, crop=4):
     """Structural similarity of two uint8 (H,W,3) arrays: 11x11 Gaussian of sigma 1.5, no padding,
     mean over pixels and the three channels (Wang et al. 2004; `calculate_ssim` of BasicSR)."""
-    a, b = (torch.from_numpy(x).permute(2, 0, 1)[:, None] for x in _cut(a, b, crop))      # (3,1,h,w)
+    a, b = (torch.from_numpy(x).permute(2, 0, 1)[:, None] for x in _cut(a, b, crop))     # (3,1,h,w)
     if min(a.shape[2:]) < 11:
         raise ValueError(f"SSIM needs 11 pixels in height and width after the cut, not {tuple(a.shape[2:])}")
     taps = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
@@ -177,7 +177,7 @@ def curves_picture(path, title, log):
                 pen.line([place(*point) for point in line], colour, 2)
                 ends.append((place(*line[-1])[1], name, colour))
         below = top - 20
-        for y, name, colour in sorted(ends):                    # names at the curves' ends, none over another
+        for y, name, colour in sorted(ends):          # names at the curves' ends, none over another
             below = max(y, below + 16)
             pen.text((left + width + 8, below), name, colour, font, "lm")
         top += height + 40
@@ -196,7 +196,7 @@ def strip_picture(path, header, rows, edge=192):
         for j, image in enumerate(images):
             y, x = (max(s - edge, 0) // 2 for s in image.shape[:2])
             cut = Image.fromarray(image[y:y + edge, x:x + edge])
-            if max(cut.size) < edge:                        # small images are shown larger, pixel by pixel
+            if max(cut.size) < edge:                 # small images are shown larger, pixel by pixel
                 cut = cut.resize((edge, edge), Image.Resampling.NEAREST)
             picture.paste(cut, (left + j * (edge + 6), top + i * (edge + 6)))
     picture.save(path)
@@ -396,7 +396,7 @@ def testsets(args, model, info, device):
             if named is None and model.prompt == "ep":
                 raise ValueError(f"{name}: nobody knows this set's degradation; leave --oracle out, so that the "
                                  "classifier chooses the prompt")
-            h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))   # an LQ may lack the GT's last rows
+            h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))  # an LQ may lack the GT's last rows
             y = restored(model, lq, named, device, args.tile or auto_tile(model, lq))
             values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
         scores[name] = np.mean(values, 0).tolist()
@@ -467,7 +467,7 @@ def save_picture(target, rgb, like):
     kind = FORMATS[target.suffix.lower()]
     if "A" in bands and kind != "JPEG" and kind != "BMP":
         out.putalpha(like.getchannel("A"))
-    profile = like.info.get("icc_profile") if "C" not in bands else None          # a CMYK profile fits no RGB
+    profile = like.info.get("icc_profile") if "C" not in bands else None  # a CMYK profile fits no RGB
     unfinished = target.with_name(f".{hashlib.sha256(str(target).encode()).hexdigest()[:16]}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,21 @@
-"""MiOIR in one file: five restoration backbones, the prompt path they share, and the task classifier.
+"""MiOIR in one file: five restoration backbones, their common prompt path, the task classifier.
 
 One network restores seven kinds of degraded image. Two ideas make that work:
   * sequential learning: add the tasks one after another, keeping the earlier ones  (see train.py)
-  * prompt learning: tell the network which task it faces                          (PromptPath, below)
+  * prompt learning: tell the network which task it faces                      (PromptPath, below)
 
     model = build_model("restormer", prompt="ep")          # 26.5 M parameters, the paper's size
     y = model(x, task=torch.tensor([TASKS.index("rain")])) # x, y: (1,3,H,W) in [0,1], H and W / 64
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("run/last.pt")                # a checkpoint rebuilds its own model
 
-Papers: MiOIR (Kong, Dong, Zhang, arXiv 2401.03379), whose backbones are SRResNet (Ledig et al. 2017),
+Papers: MiOIR (Kong, Dong, Zhang, arXiv 2401.03379); its backbones: SRResNet (Ledig et al. 2017),
 SwinIR (Liang et al. 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022) and
 PromptIR (Potlapalli et al. 2023).
 
 Glossary: the paper's symbol -> our name
     I_LQ, I_GT      x (or lq), gt     degraded and true image                   (N,3,H,W) in [0,1]
-    I_SR            y                 restored image                            (N,3,H,W), not clamped
+    I_SR            y                 restored image                        (N,3,H,W), not clamped
     P_exp           prompts           seven fixed random images, one per task   (7,128,128)
     P_ada           x                 the degraded image as its own prompt
     F_ext           Extractor         prompt image -> 64 numbers                (N,64)
@@ -33,14 +33,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")   # rows of prompts, classifier outputs
+TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
 # ---- The prompt path (paper, Section 3.3): one module for every backbone -------------------------
 
 class Extractor(nn.Module):
-    """F_ext: what a prompt image has to say, in 64 numbers. Mirrors `F_ext` of the published code."""
+    """F_ext: what a prompt image has to say, in 64 numbers. Mirrors `F_ext`, as published."""
 
     def __init__(self, in_channels, width):
         super().__init__()
@@ -50,10 +50,34 @@ class Extractor(nn.Module):
 
     def forward(self, p):
         """p: (N,1 or 3,H,W) -> (N,64)."""
+        if p.shape[2] * p.shape[3] > 2 ** 22 and not torch.is_grad_enabled():
+            return self.mean_by_strips(p)          # a photo as its own prompt: memory stays bounded
         f = F.relu(self.conv1(p))                       # (N,64,~H/2,~W/2)
         f = F.relu(self.conv2(f))                       # (N,64,~H/4,~W/4)
         f = F.relu(self.conv3(f))                       # (N,64,~H/8,~W/8)
         return f.mean((2, 3))                           # (N,64): the global mean makes any size fit
+
+    def mean_by_strips(self, p, rows=32):
+        """The same, with no more than `rows` rows of the last map in memory at a time."""
+        def strip(convs, first, last):                # rows first..last-1 of the last conv's output
+            *before, conv = convs
+            low, high = 2 * first - 1, 2 * (last - 1) - 1 + conv.kernel_size[0]
+            size = height(before)
+            low_in, high_in = max(low, 0), min(high, size)
+            f = strip(before, low_in, high_in) if before else p[:, :, low_in:high_in]
+            f = F.pad(f, (1, 1, low_in - low, high - high_in))
+            return F.relu(F.conv2d(f, conv.weight, conv.bias, stride=2))
+
+        def height(convs):                              # of the output of these convs
+            size = p.shape[2]
+            for conv in convs:
+                size = (size + 2 - conv.kernel_size[0]) // 2 + 1
+            return size
+        convs = (self.conv1, self.conv2, self.conv3)
+        size = height(convs)
+        tops = range(0, size, rows)
+        means = [strip(convs, top, min(top + rows, size)).mean(3).sum(2) for top in tops]
+        return sum(means) / size
 
 
 class PromptPath(nn.Module):
@@ -72,7 +96,7 @@ class PromptPath(nn.Module):
         self.shift = nn.ModuleDict({site: nn.Linear(width, c) for site, (_, c) in sites.items()})
 
     def forward(self, p, rows=slice(None)):
-        """p: (M,1 or 3,H,W) prompt images -> a function modulate(site, f), f: (N,C,H,W) -> (N,C,H,W).
+        """p: (M,1 or 3,H,W) prompt images -> a function modulate(site, f), (N,C,H,W) -> (N,C,H,W).
         rows: which prompt image belongs to each of the N images; by default the same, in order."""
         features = [extract(p)[rows] for extract in self.extract]                 # each (N,64)
 
@@ -91,7 +115,8 @@ def unmodulated(site, f):
 def random_prompts(seed=0):
     """Seven fixed prompt images, uniform in [0,1): (7,128,128). What they show is arbitrary; that
     they differ is enough. The published ones are a file, type7.npy; load_official takes it."""
-    return torch.rand(len(TASKS), 128, 128, generator=torch.Generator().manual_seed(seed), device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(len(TASKS), 128, 128, generator=generator, device="cpu")
 
 
 class Backbone(nn.Module):
@@ -106,7 +131,7 @@ class Backbone(nn.Module):
     def __init__(self, prompt, sites, prompt_width):
         super().__init__()
         if prompt not in (None, "ep", "ap"):
-            raise ValueError(f"unknown prompt {prompt!r}: choose None, 'ep' (explicit) or 'ap' (adaptive)")
+            raise ValueError(f"unknown prompt {prompt!r}: choose None, 'ep' (explicit) or 'ap'")
         self.prompt = prompt
         if prompt is not None:
             self.path = PromptPath({"ep": 1, "ap": 3}[prompt], sites, prompt_width)
@@ -121,14 +146,18 @@ class Backbone(nn.Module):
         """
         if self.prompt is None:
             return unmodulated
-        if self.prompt == "ap":                            # F_ext needs 5 pixels; fewer are reflected
+        if self.prompt == "ap":                          # F_ext needs 5 pixels; fewer are reflected
             return self.path(reflect_pad(x, 0, max(5 - x.shape[3], 0), 0, max(5 - x.shape[2], 0)))
         if task is None:
-            raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, or weights (N,7)")
+            raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, "
+                             "or weights (N,7)")
         if task.is_floating_point():
             mixed = torch.einsum("nt,thw->nhw", task.to(self.prompts), self.prompts)
             return self.path(mixed[:, None])                                      # (N,1,128,128) in
-        if len(task) > len(self.prompts):                  # fewer prompts than images: read each once
+        if task.device.type == "cpu":                   # read each prompt once, however many images
+            present, task = task.unique(return_inverse=True)
+            return self.path(self.prompts[present][:, None], task)
+        if len(task) > len(self.prompts):                 # a GPU would wait for what unique() finds
             return self.path(self.prompts[:, None], task)
         return self.path(self.prompts[task][:, None])
 
@@ -157,7 +186,7 @@ class ResidualBlock(nn.Module):
 
 
 class SRResNet(Backbone):
-    """Sites (18): each block's output, the activated conv_hr, conv_last before the input is added."""
+    """Sites (18): the blocks' outputs, activated conv_hr, conv_last before the input is added."""
     context = 35                   # receptive field: 1 + 16 x 2 + 1 + 1 convolutions of radius 1
     overlap = 80                   # two contexts and some room to blend: tiled equals whole
 
@@ -199,16 +228,16 @@ def from_windows(t, window, h, w):
 
 
 def relative_position_index(window):
-    """For each pair of pixels in a window, the row of the bias table: (window^2, window^2) of int64."""
+    """For each two pixels of a window, the row of the bias table: (window^2, window^2) of int64."""
     y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     y, x = y.flatten(), x.flatten()
-    dy = y[:, None] - y[None] + window - 1                                        # 0 .. 2*window - 2
+    dy = y[:, None] - y[None] + window - 1                                       # 0 .. 2*window - 2
     dx = x[:, None] - x[None] + window - 1
     return dy * (2 * window - 1) + dx
 
 
 def shift_mask(h, w, window, shift, device):
-    """After the cyclic shift, the last windows hold pixels that are no neighbours: -100 between them.
+    """After the cyclic shift, the last windows hold pixels that were no neighbours: -100 there.
 
     -100 and not minus infinity, as published: the softmax leaves such pairs about e^-100.
     Returns (windows, window^2, window^2).
@@ -217,7 +246,7 @@ def shift_mask(h, w, window, shift, device):
         at = torch.arange(size, device=device)
         return (at >= size - window).long() + (at >= size - shift).long()
     region = 3 * band(h)[:, None] + band(w)[None]                                 # (H,W) in 0..8
-    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]             # (windows, window^2)
+    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]          # (windows, window^2)
     return -100.0 * (region[:, :, None] != region[:, None, :])
 
 
@@ -320,7 +349,8 @@ def init_linears(model):
 
 class Mlp(nn.Sequential):
     def __init__(self, dim, ratio):
-        super().__init__(nn.Linear(dim, int(dim * ratio)), nn.GELU(), nn.Linear(int(dim * ratio), dim))
+        hidden = int(dim * ratio)
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
 class SwinGroup(nn.Module):
@@ -336,7 +366,7 @@ class SwinGroup(nn.Module):
 
 
 class SwinIR(Backbone):
-    """Sites (9): the six groups' outputs, conv_after_body after its skip, the two last convolutions.
+    """Sites (9): the six groups' outputs, conv_after_body after its skip, the last two convs.
 
     Mirrors the published SwinIR with upsampler "pixelshuffle" at scale 1: nothing is enlarged, and
     the input is not added to the output.
@@ -345,12 +375,15 @@ class SwinIR(Backbone):
 
     def __init__(self, prompt=None, dim=180, depths=(6,) * 6, heads=6, window=8, mlp_ratio=2,
                  drop_path=0.1, width=64, prompt_width=64):
-        sites = {site: (0, dim) for site in (*(f"group{i + 1}" for i in range(len(depths))), "after_body")}
-        super().__init__(prompt, sites | {"before_upsample": (0, width), "last": (0, 3)}, prompt_width)
+        groups = [f"group{i + 1}" for i in range(len(depths))]
+        sites = {site: (0, dim) for site in (*groups, "after_body")}
+        sites |= {"before_upsample": (0, width), "last": (0, 3)}
+        super().__init__(prompt, sites, prompt_width)
         drops = torch.linspace(0, drop_path, sum(depths), device="cpu").split(depths)
         self.conv_first = conv3x3(3, dim)
         self.norm_first = LayerNorm2d(dim)
-        self.groups = nn.ModuleList(SwinGroup(dim, heads, window, d.tolist(), mlp_ratio) for d in drops)
+        self.groups = nn.ModuleList(SwinGroup(dim, heads, window, d.tolist(), mlp_ratio)
+                                    for d in drops)
         self.norm_last = LayerNorm2d(dim)
         self.conv_after_body = conv3x3(dim, dim)
         self.conv_before_upsample = conv3x3(dim, width)
@@ -365,7 +398,8 @@ class SwinIR(Backbone):
         for i, group in enumerate(self.groups):
             f = modulate(f"group{i + 1}", group(f))
         f = modulate("after_body", self.conv_after_body(self.norm_last(f)) + shallow)
-        f = modulate("before_upsample", F.leaky_relu(self.conv_before_upsample(f), 0.01))  # (N,64,H,W)
+        f = F.leaky_relu(self.conv_before_upsample(f), 0.01)
+        f = modulate("before_upsample", f)                                        # (N,64,H,W)
         return modulate("last", self.conv_last(f)) + self.mean                    # (N,3,H,W)
 
 
@@ -455,7 +489,8 @@ class Restormer(Backbone):
                          prompt_width)
 
         def level(i, width):
-            return nn.Sequential(*(RestormerBlock(width, heads[i], expansion) for _ in range(blocks[i])))
+            return nn.Sequential(*(RestormerBlock(width, heads[i], expansion)
+                                   for _ in range(blocks[i])))
         self.embed = conv3x3(3, d1, bias=False)
         self.encoder = nn.ModuleList((level(0, d1), level(1, d2), level(2, d3)))
         self.down = nn.ModuleList((half(d1), half(d2), half(d3)))
@@ -478,7 +513,7 @@ class Restormer(Backbone):
         for level, down in zip(self.encoder, self.down):
             f = level(f)
             skips.append(f)
-            f = down(f)                                                           # ... (N,384,H/8,W/8)
+            f = down(f)                                                        # ... (N,384,H/8,W/8)
         f = modulate("latent", self.latent(f))
         for i in (2, 1, 0):
             f = self.up[i](self.before_up(i, f))                                  # ... (N,48,H,W)
@@ -517,9 +552,9 @@ class Uformer(Backbone):
                  heads=(1, 2, 4, 8, 16, 16, 8, 4, 2), window=8, drop_path=0.1,
                  prompt_width=64):
         c = [dim * 2 ** i for i in range(5)]                                      # 32 .. 512
-        super().__init__(prompt, {"bottleneck": (0, c[4]), "decoder0": (0, c[4]), "decoder1": (1, c[3]),
-                                  "decoder2": (2, c[2]), "decoder3": (3, c[1]), "output": (4, 3)},
-                         prompt_width)
+        sites = {"bottleneck": (0, c[4]), "decoder0": (0, c[4]), "decoder1": (1, c[3]),
+                 "decoder2": (2, c[2]), "decoder3": (3, c[1]), "output": (4, 3)}
+        super().__init__(prompt, sites, prompt_width)
         # Drop path grows along the encoder, holds at the bottom, and shrinks along the decoder.
         rise = torch.linspace(0, drop_path, sum(depths[:4]), device="cpu").tolist()
         drops = iter(rise + [drop_path] * depths[4] + (rise[::-1] + [0.0] * sum(depths[5:])))
@@ -529,11 +564,13 @@ class Uformer(Backbone):
             return WindowStage(width, heads[i], window, drop_paths, LeFF, modulator=i > 4)
         self.input = conv3x3(3, c[0])
         self.encoder = nn.ModuleList(stage(i, c[i]) for i in range(4))
-        self.down = nn.ModuleList(nn.Conv2d(c[i], c[i + 1], 4, stride=2, padding=1) for i in range(4))
+        self.down = nn.ModuleList(nn.Conv2d(c[i], c[i + 1], 4, stride=2, padding=1)
+                                  for i in range(4))
         self.bottleneck = stage(4, c[4])
         # A decoder level works at twice its encoder's width: the skip is joined, never reduced.
-        widths = [c[4], c[4], c[3], c[2], c[1]]                                   # coming into each up
-        self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i], c[3 - i], 2, stride=2) for i in range(4))
+        widths = [c[4], c[4], c[3], c[2], c[1]]                                # coming into each up
+        self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i], c[3 - i], 2, stride=2)
+                                for i in range(4))
         self.decoder = nn.ModuleList(stage(5 + i, widths[i + 1]) for i in range(4))
         self.output = conv3x3(c[1], 3)
         init_linears(self)
@@ -543,7 +580,7 @@ class Uformer(Backbone):
         for level, down in zip(self.encoder, self.down):
             f = level(f)
             skips.append(f)
-            f = down(f)                                                           # ... (N,512,H/16,W/16)
+            f = down(f)                                                      # ... (N,512,H/16,W/16)
         f = modulate("bottleneck", self.bottleneck(f))
         for i, (up, level) in enumerate(zip(self.up, self.decoder)):
             f = torch.cat((up(f), skips.pop()), 1)                                # ... (N,64,H,W)
@@ -593,7 +630,7 @@ class PromptIR(Restormer):
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
                  expansion=2.66, prompt_dims=(64, 128, 320), prompt_sizes=(64, 32, 16)):
         if prompt is not None:
-            raise ValueError("promptir has prompts of its own: only --arch promptir without --prompt exists")
+            raise ValueError("promptir has prompts of its own: build it without a prompt")
         super().__init__(None, dim, blocks, refinement, heads, expansion)
         d2, d3, d4 = 2 * dim, 4 * dim, 8 * dim
         self.interact = nn.ModuleList(
@@ -611,7 +648,7 @@ class PromptIR(Restormer):
 class TaskClassifier(nn.Module):
     """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
 
-    The published one ends in a softmax and trains it with a cross-entropy that applies a second one,
+    The published one ends in a softmax and is trained with a cross-entropy that applies another,
     which flattens the gradients; ours returns logits. softmax(logits) equals the published output.
     """
 
@@ -637,7 +674,7 @@ MODELS = {"srresnet": SRResNet, "swinir": SwinIR, "restormer": Restormer, "uform
 
 def build_model(arch, prompt=None, **overrides):
     """A backbone with fresh weights. arch: one of ARCHS; prompt: None, "ep" (explicit) or "ap"
-    (adaptive). Defaults are the paper's sizes; overrides shrink them, e.g. dim=16, blocks=(1,1,1,1).
+    (adaptive). Defaults are the paper's sizes; overrides shrink them: dim=16, blocks=(1,1,1,1).
 
     Raises ValueError for an unknown arch, prompt or override, and for promptir with a prompt.
     """
@@ -650,7 +687,7 @@ def build_model(arch, prompt=None, **overrides):
 
 
 def recompute_blocks(model):
-    """Activation checkpointing: each block keeps its input alone and runs again in the backward pass."""
+    """Activation checkpointing: a block keeps its input alone and is run again going backward."""
     for block in model.modules():
         if isinstance(block, (ResidualBlock, WindowBlock, RestormerBlock)):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -659,7 +696,7 @@ def recompute_blocks(model):
 def load_model(path, weights="raw", device="cpu", prompts=None):
     """A model from a file: one of ours, or one published with the paper. Returns (model, info).
 
-    weights: "raw" (what the paper evaluates) or "ema". prompts: (7,128,128), for published "ep" files.
+    weights: "raw" (what the paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
     info: {"arch", "prompt", "sizes", "published", ...}; ours adds what train.py stored beside it.
     Read with weights_only=True, so that a file can hold numbers but can't run code.
     Raises ValueError with one line that names the file and what is wrong with it.
@@ -669,16 +706,17 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:              # torch raises a dozen kinds for torn, foreign and hostile files
-        raise ValueError(f"{path}: not a checkpoint (torn, or not written by torch.save, or holding "
+        raise ValueError(f"{path}: not a checkpoint (torn, not written by torch.save, or holding "
                          "more than plain weights)") from None
     if not isinstance(saved, dict):
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(saved).__name__}, not weights by name")
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(saved).__name__}")
     try:
         if "mioir" in saved:
             return _load_own(saved, weights, device)
         return _load_published(saved, weights, device, prompts)
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+        reason = f"key {reason} is missing" if isinstance(error, KeyError) else reason
         raise ValueError(f"{path}: {reason}") from None
 
 
@@ -690,7 +728,8 @@ def _load_own(saved, weights, device):
     else:
         model = build_model(saved["arch"], saved["prompt"], **saved["sizes"])
     state = saved[weights]
-    _check_names({k: v.shape for k, v in model.state_dict().items()}, {k: v.shape for k, v in state.items()})
+    _check_names({name: value.shape for name, value in model.state_dict().items()},
+                 {name: value.shape for name, value in state.items()})
     model.load_state_dict(state)
     return model.to(device).eval(), info
 
@@ -699,8 +738,8 @@ def _load_published(saved, weights, device, prompts):
     state = _unwrap(saved, weights)
     arch, prompt = identify_official(state)
     if prompt == "ep" and prompts is None:
-        raise ValueError("a published 'ep' model works with the prompt images it was trained with, and "
-                         "they are not in the checkpoint: give the published file, --prompts type7.npy")
+        raise ValueError("a published 'ep' model needs the prompt images it was trained with, and "
+                         "they are not in the file: give the published --prompts type7.npy")
     model = TaskClassifier() if arch == "classifier" else build_model(arch, prompt)
     load_official(model, state, prompts)
     return model.to(device).eval(), {"arch": arch, "prompt": prompt, "sizes": {}, "published": True}
@@ -720,7 +759,8 @@ _U_SHAPE = [*((rf"^encoder\.{i}\.", f"encoder_level{i + 1}.") for i in range(3))
             *((rf"^interact\.{i}\.reduce\.", f"reduce_noise_level{i + 1}.") for i in range(3)),
             (r"^embed\.", "patch_embed.proj."),
             (r"\.(norm\d)\.", r".\1.body."),
-            (r"\.attn\.dwconv\.", ".attn.qkv_dwconv."), (r"\.attn\.project\.", ".attn.project_out."),
+            (r"\.attn\.dwconv\.", ".attn.qkv_dwconv."),
+            (r"\.attn\.project\.", ".attn.project_out."),
             (r"\.components$", ".prompt_param"), (r"(prompt\d)\.linear\.", r"\1.linear_layer."),
             (r"(prompt\d)\.conv\.", r"\1.conv3x3.")]
 _WINDOWS = [(r"\.bias_table$", ".relative_position_bias_table"),
@@ -728,14 +768,16 @@ _WINDOWS = [(r"\.bias_table$", ".relative_position_bias_table"),
 _SITES = {  # published suffixes of prompt_scale and prompt_shift
     "srresnet": {**{f"block{i}": f"{i}" for i in range(1, 17)}, "hr": "hr", "last": "out"},
     "swinir": {"after_body": "_after_body", "before_upsample": "_before_upsample", "last": "_last"},
-    "restormer": {"latent": "1", "decoder3": "2", "decoder2": "3", "decoder1": "4", "refinement": "5",
+    "restormer": {"latent": "1", "decoder3": "2", "decoder2": "3", "decoder1": "4",
+                  "refinement": "5",
                   "output": "out"},
     "uformer": {"bottleneck": "0", **{f"decoder{i}": f"{i + 1}" for i in range(4)}, "output": "5"},
     "promptir": {}, "classifier": {}}
 _NAMES = {
     "srresnet": [(r"^path\.extract\.0\.", "F_ext_net."), (r"^blocks\.", "body.")],
     "swinir": [(r"^path\.extract\.0\.", "F_ext_net."),
-               *((rf"^path\.(scale|shift)\.group{i + 1}\.", rf"layers.{i}.prompt_\g<1>.") for i in range(6)),
+               *((rf"^path\.(scale|shift)\.group{i + 1}\.", rf"layers.{i}.prompt_\g<1>.")
+                 for i in range(6)),
                (r"^norm_first\.", "patch_embed.norm."), (r"^norm_last\.", "norm."),
                (r"^conv_before_upsample\.", "conv_before_upsample.0."),
                (r"^groups\.(\d)\.stage\.", r"layers.\1.residual_group."),
@@ -743,8 +785,10 @@ _NAMES = {
                (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.2\.", ".mlp.fc2."), *_WINDOWS],
     "restormer": _U_SHAPE,
     "uformer": [(r"^input\.", "input_proj.proj.0."), (r"^output\.", "output_proj.proj.0."),
-                (r"^encoder\.(\d)\.", r"encoderlayer_\1."), (r"^decoder\.(\d)\.", r"decoderlayer_\1."),
-                (r"^down\.(\d)\.", r"dowsample_\1.conv.0."), (r"^up\.(\d)\.", r"upsample_\1.deconv.0."),
+                (r"^encoder\.(\d)\.", r"encoderlayer_\1."),
+                (r"^decoder\.(\d)\.", r"decoderlayer_\1."),
+                (r"^down\.(\d)\.", r"dowsample_\1.conv.0."),
+                (r"^up\.(\d)\.", r"upsample_\1.deconv.0."),
                 (r"^bottleneck\.", "conv."), (r"\.modulator$", ".modulator.weight"),
                 (r"\.(linear\d|dwconv)\.", r".\1.0."), (r"\.qkv\.", ".qkv.to_q+to_kv."), *_WINDOWS],
     "promptir": _U_SHAPE,
@@ -755,7 +799,7 @@ def _official_names(arch, prompt, name):
     """Our parameter name -> the published names it is made of (one, or two to join)."""
     for site, suffix in _SITES[arch].items():
         name = re.sub(rf"^path\.(scale|shift)\.{site}\.", rf"prompt_\g<1>{suffix}.", name)
-    if arch == "srresnet" and prompt:     # with a prompt, each block got a name and a list of its own
+    if arch == "srresnet" and prompt:   # with a prompt, each block got a name and a list of its own
         name = re.sub(r"^blocks\.(\d+)\.", lambda m: f"body{int(m[1]) + 1}.0.", name)
     for pattern, published in _NAMES[arch]:
         name = re.sub(pattern, published, name)
@@ -766,7 +810,7 @@ def _official_names(arch, prompt, name):
 
 
 def _unwrap(saved, weights="raw"):
-    """Out of {"params", "params_ema"}, the "module." prefix, and buffers that follow from the sizes."""
+    """Out of {"params", "params_ema"}, the "module." prefix, and buffers that the sizes imply."""
     saved = saved.get("params" if weights == "raw" else "params_ema", saved)
     state = {key.removeprefix("module."): value for key, value in saved.items()}
     return {key: value for key, value in state.items()
@@ -774,7 +818,7 @@ def _unwrap(saved, weights="raw"):
 
 
 def identify_official(state_dict):
-    """(arch, prompt) of a published state dict, from its keys alone. Raises ValueError if it is none."""
+    """(arch, prompt) of a published state dict, from its keys alone; ValueError if it is none."""
     state = _unwrap(state_dict)
     marks = {"promptir": "prompt1.prompt_param", "restormer": "latent.0.attn.temperature",
              "uformer": "input_proj.proj.0.weight", "swinir": "conv_after_body.weight",
@@ -784,7 +828,8 @@ def identify_official(state_dict):
             extractor = state.get("F_ext_net.conv1.weight", state.get("F_ext_net1.conv1.weight"))
             channels = None if extractor is None else extractor.shape[1]
             return arch, {None: None, 1: "ep", 3: "ap"}[channels]
-    raise ValueError(f"none of the published models: its keys begin with {', '.join(list(state)[:3]) or 'nothing'}")
+    first = ", ".join(map(str, list(state)[:3])) or "nothing"
+    raise ValueError(f"none of the published models: its keys begin with {first}")
 
 
 def _check_names(ours, theirs):
@@ -812,7 +857,8 @@ def load_official(model, state_dict, prompts=None):
     parts = {name: _official_names(arch, getattr(model, "prompt", None), name) for name in own}
     expected = {}
     for name, sources in parts.items():
-        rows = [own[name].shape[0]] if len(sources) == 1 else [own[name].shape[0] // 3 * k for k in (1, 2)]
+        rows = own[name].shape[0]
+        rows = [rows] if len(sources) == 1 else [rows // 3, rows // 3 * 2]
         expected |= {source: (row, *own[name].shape[1:]) for source, row in zip(sources, rows)}
     _check_names(expected, {k: v.shape for k, v in state.items()})
     for name, sources in parts.items():
@@ -822,7 +868,7 @@ def load_official(model, state_dict, prompts=None):
             raise ValueError("prompts belong to 'ep' models; this one takes none")
         prompts = torch.as_tensor(prompts, dtype=torch.float32)
         if prompts.shape != model.prompts.shape:
-            raise ValueError(f"prompts must be {tuple(model.prompts.shape)}, not {tuple(prompts.shape)}")
+            raise ValueError(f"prompts must be (7, 128, 128), not {tuple(prompts.shape)}")
         model.prompts.copy_(prompts)
     return model
 
@@ -830,7 +876,7 @@ def load_official(model, state_dict, prompts=None):
 # ---- Restoring images of any size ----------------------------------------------------------------
 
 def reflect_pad(x, left, right, top, bottom):
-    """Reflection without repeating the edge, like F.pad(mode="reflect"), but for pads of any length:
+    """Reflection without repeating the edge, like F.pad(mode="reflect"), but for any length:
     a 3-pixel image padded to 64 is reflected back and forth."""
     def reflected(size, before, after):
         period = max(2 * (size - 1), 1)
@@ -843,7 +889,7 @@ def reflect_pad(x, left, right, top, bottom):
 
 
 def pad_for(model, x, square):
-    """Pads as the published test protocol does. Returns (padded, top, left): where the image begins."""
+    """Pads as the published test protocol does. Returns (padded, top, left): where the image is."""
     h, w = x.shape[2:]
     x = reflect_pad(x, 0, -w % model.multiple, 0, -h % model.multiple)            # right and bottom
     if not square:
@@ -857,8 +903,8 @@ def pad_for(model, x, square):
 def restore(model, x, task=None, tile=None, overlap=None):
     """Restores images of any height and width: pads, runs, cuts back; does not clamp.
 
-    model: a backbone. x: (N,3,H,W) in [0,1]. task: as in Backbone.modulation. An "ap" model's prompt
-    is the padded image. tile: edge of square tiles in pixels (rounded up to the model's multiple), so
+    model: a backbone. x: (N,3,H,W) in [0,1]. task: as in Backbone.modulation. An "ap" model reads
+    the padded image. tile: edge of square tiles in pixels (rounded up to the model's multiple), so
     that memory stays bounded; None runs the image whole. overlap: pixels that neighbours share, at
     least twice model.context; the default suits the backbone. Returns y: (N,3,H,W).
     """
@@ -871,17 +917,19 @@ def restore(model, x, task=None, tile=None, overlap=None):
     if tile is None:
         y = model(padded, modulate=modulate)
     else:
-        y = _restore_tiled(model, padded, modulate, tile, model.overlap if overlap is None else overlap)
+        overlap = model.overlap if overlap is None else overlap
+        y = _restore_tiled(model, padded, modulate, tile, overlap)
     model.train(was_training)
     return y[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
 def _restore_tiled(model, x, modulate, tile, overlap):
-    """Tiles blended by trapezoid weights: zero within model.context of an inner border, where a tile
+    """Tiles blended by trapezoids: weight 0 within model.context of an inner border, where a tile
     lacks its neighbours, then a ramp over the rest of the overlap, then one."""
     tile = max(-(-tile // model.multiple), 1) * model.multiple
     if not 2 * model.context < overlap < tile:
-        raise ValueError(f"overlap must lie between {2 * model.context + 1} and {tile - 1}, not {overlap}")
+        raise ValueError(f"overlap must lie between {2 * model.context + 1} and {tile - 1}, "
+                         f"not {overlap}")
     y, total = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
     for top in _starts(x.shape[2], tile, overlap):
         for left in _starts(x.shape[3], tile, overlap):

@@ -2,9 +2,9 @@
 
     python train.py --arch restormer --seq --prompt --preset demo     # minutes on two CPU cores
     python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe, on a GPU
-    python train.py --arch restormer --seq --prompt --data DF2K --resume           # go on where it stopped
-    torchrun --nproc_per_node 2 train.py --arch swinir --prompt ap --data DF2K     # two GPUs, the same run
-    python train.py --arch classifier --data DF2K                     # names the task for "ep" models
+    python train.py --arch restormer --seq --prompt --data DF2K --resume    # go on where it stopped
+    torchrun --nproc_per_node 2 train.py --arch swinir --prompt ap --data DF2K  # two GPUs, the same run
+    python train.py --arch classifier --data DF2K                   # names the task for "ep" models
     python train.py --arch restormer --seq --prompt --print-plan      # what would run
 
 One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file per
@@ -51,7 +51,7 @@ RECIPES = {
     "classifier": dict(_ADAM, batch=32, crop=256, period=250_000, order="bnjrhds"),
 }
 LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier stages last one
-MIXED = {"classifier": 4}       # periods of a mixed run; the others have 10, as many as sequential, 6 + 4
+MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as many as sequential, 6 + 4
 
 # Presets change the recipe; SMALL shrinks the model. leaves: (how many, edge) images if there is no --data.
 SMALL = {
@@ -64,11 +64,11 @@ SMALL = {
 }
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=8),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=10,
-                 crop=40, period=130, ema=0.99, channels_last=True),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=14,
+                 crop=32, period=160, ema=0.99, channels_last=True),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=2, batch=8, crop=48, period=2, ema=0.9),
 }
-SPECIAL = {         # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
+SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
     ("demo", "uformer"): dict(crop=128, batch=7, period=40), ("smoke", "uformer"): dict(crop=128, period=1),
     ("demo", "classifier"): dict(crop=128, batch=28, period=700),
 }
@@ -205,12 +205,12 @@ class Run:
     def __init__(self, args, device):
         self.args, self.recipe, self.out = args, args.recipe, Path(args.out)
         self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"])
-        with torch.random.fork_rng(devices=[]):                 # leaves the caller's generator alone
+        with torch.random.fork_rng(devices=[]):                # leaves the caller's generator alone
             torch.manual_seed(args.seed)
             self.model = (TaskClassifier(**self.recipe["sizes"]) if args.arch == "classifier" else
                           build_model(args.arch, args.prompt, **self.recipe["sizes"])).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.stage, self.iteration = 0, 0                       # this stage, and iterations done in it
+        self.stage, self.iteration = 0, 0                    # this stage, and iterations done in it
         self.table = []                                         # [(name, {task: PSNR}), ...]
         self.new_optimizer()
 
@@ -241,12 +241,12 @@ class Run:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if last.exists():                                   # last.pt never lacks, not even for a moment
+            if last.exists():                           # last.pt never lacks, not even for a moment
                 copy_or_link(last, self.out / "previous.pt")
             os.replace(unfinished, last)
             if keep:
                 copy_or_link(last, self.out / keep)
-        except (OSError, RuntimeError) as error:                # torch reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:         # torch reports a full disk as RuntimeError
             unfinished.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{last}: not saved ({reason}); {self.last_good()}") from None
@@ -263,7 +263,7 @@ class Run:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 facts = saved["facts"]
                 break
-            except Exception as error:                          # torch raises a dozen kinds for torn files
+            except Exception as error:                   # torch raises a dozen kinds for torn files
                 say(f"{path} is torn ({str(error).splitlines()[0][:80]}); trying the one before")
         else:
             raise ValueError(f"--resume: there is no readable {self.out / 'last.pt'} to go on from")
@@ -362,7 +362,7 @@ def step(run, net, parts, lr, machine, stop=False):
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     losses = torch.zeros(batch + 1, device=machine.device)
-    losses[-1] = float(stop)                                    # rides along: all processes stop together
+    losses[-1] = float(stop)                              # rides along: all processes stop together
     for k, (rows, (lq, gt, task)) in enumerate(zip(machine.share(batch), parts)):
         last = k == len(parts) - 1
         with contextlib.nullcontext() if last or machine.world == 1 else net.no_sync():
@@ -394,7 +394,7 @@ class Stream(torch.utils.data.Dataset):
         try:
             return [[sample(self.source, self.tasks, self.recipe["crop"], self.seed, self.stage, t, i,
                             self.recipe["batch"]) for i in share] for share in self.shares]
-        except (ValueError, OSError) as error:                  # a worker's traceback would hide the file
+        except (ValueError, OSError) as error:            # a worker's traceback would hide the file
             return str(error)
 
 
@@ -408,7 +408,7 @@ def train_stage(run, net, source, machine, log, validate):
     for t, parts in zip(range(run.iteration, stage.iterations), loader):
         if isinstance(parts, str):
             raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {parts}; {run.last_good()}")
-        torch.manual_seed(seeded(run.args.seed, run.stage, t, machine.rank).initial_seed())     # drop path
+        torch.manual_seed(seeded(run.args.seed, run.stage, t, machine.rank).initial_seed())  # drop path
         parts = [prepare_batch(part, recipe["crop"], machine, run.args) for part in parts]
         lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
         tasks = torch.tensor([TASKS.index(task_of(stage.tasks, t, i, recipe["batch"])) for i in range(recipe["batch"])])
@@ -444,9 +444,9 @@ class Log:
         self.speaks = machine.rank == 0
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
         self.total = sum(stage.iterations for stage in run.stages)
-        self.iterations, self.idle, self.start = 0, 0.0, time.monotonic()     # idle: seconds of validation
+        self.iterations, self.idle, self.start = 0, 0.0, time.monotonic()  # idle: seconds of validation
         self.sums, self.counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
-        self.stop = None                                                      # the signal that asked to stop
+        self.stop = None                                             # the signal that asked to stop
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, frame: setattr(self, "stop", received))
 
@@ -549,7 +549,7 @@ def train(args):
         return print_plan(args)
     machine = Machine(args)
     source = None
-    if machine.rank == 0:                                       # one process decodes, the others wait
+    if machine.rank == 0:                                     # one process decodes, the others wait
         source = open_images(args, print)
     if machine.world > 1:
         dist.barrier()

@@ -179,6 +179,17 @@ def test_the_cache_gives_the_files_pixels_and_notices_a_changed_file(tmp_path):
     assert np.array_equal(read().crop(0, 10, 20, 48), 255 - crop)
 
 
+def test_a_disk_that_is_too_small_is_refused_with_the_space_needed(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    save(tmp_path / "photos" / "a.png", np.zeros((1000, 1000, 3), np.uint8))
+    usage = d.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(d.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    with pytest.raises(ValueError, match="0.003|need 0.0 GB.*--cache"):
+        d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "photos"]), 64)
+    monkeypatch.setattr(d.shutil, "disk_usage", lambda path: usage._replace(free=4_000_000))
+    assert len(d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "photos"]), 64)) == 1
+
+
 def test_depth_folders_are_checked(tmp_path):
     (tmp_path / "photos").mkdir()
     save(tmp_path / "photos" / "a.png", np.zeros((80, 90, 3), np.uint8))

@@ -175,6 +175,14 @@ def test_tiles_of_srresnet_equal_the_whole(prompt):
     assert (restore(model, x, task, tile=96) - restore(model, x, task)).abs().max() < 1e-6
 
 
+@torch.no_grad()
+def test_a_large_adaptive_prompt_read_in_strips_gives_the_same_features():
+    extract = mioir.Extractor(3, 64)
+    for h, w in ((95, 64), (300, 71), (5, 9), (41, 2)):
+        p = torch.rand(2, 3, h, max(w, 5))
+        assert torch.allclose(extract(p), extract.mean_by_strips(p, rows=4), atol=1e-6)
+
+
 @pytest.mark.parametrize("arch", ("swinir", "restormer", "uformer", "promptir"))
 def test_tiles_of_the_others_stay_close_and_keep_the_size(arch):
     model, x = small(arch), torch.rand(1, 3, 150, 290)

@@ -1,0 +1,404 @@
+"""eval.py and degrade.py as tools: pictures of every kind kept what they are, hostile input refused."""
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import degrade
+import eval as evaluation
+import mioir
+from degrade import TASKS
+from test_models import SMALL
+
+ROOT = Path(__file__).parent.parent
+PIXELS = np.random.default_rng(0).integers(0, 256, (41, 60, 3), dtype=np.uint8)
+
+
+def store(path, model, arch, prompt, sizes):
+    torch.save({"mioir": 1, "arch": arch, "prompt": prompt, "sizes": sizes, "raw": model.state_dict(),
+                "ema": model.state_dict(), "facts": {"periods": [[1]] * 7}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small "ep" model, an "ap" model and a classifier, untrained."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for prompt in ("ep", "ap"):
+        model = mioir.build_model("srresnet", prompt, **SMALL["srresnet"])
+        store(folder / f"{prompt}.pt", model, "srresnet", prompt, SMALL["srresnet"])
+    store(folder / "classifier.pt", mioir.TaskClassifier(16), "classifier", None, {"width": 16})
+    return folder
+
+
+def run(*argv):
+    evaluation.main([str(a) for a in argv])
+
+
+def restore(files, source, target, *more, model="ep.pt", task="noise"):
+    run(files / model, "--input", source, "--output", target, *(["--task", task] if task else []), *more)
+    return Image.open(target)
+
+
+def refused(*argv):
+    """Runs eval.py, which must stop with one line; returns the line."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*argv)
+    line = str(stopped.value.code)
+    assert line.startswith("eval.py: ") and "\n" not in line and "Traceback" not in line
+    return line
+
+
+# Pictures that work -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix", evaluation.FORMATS)
+def test_formats_in_and_out(files, tmp_path, suffix):
+    Image.fromarray(PIXELS).save(tmp_path / f"in{suffix}")
+    assert restore(files, tmp_path / f"in{suffix}", tmp_path / f"out{suffix}").size == (60, 41)
+    assert {p.name for p in tmp_path.iterdir()} == {f"in{suffix}", f"out{suffix}"}
+
+
+def grey(path):
+    Image.fromarray(PIXELS[:, :, 0]).save(path)
+
+
+def deep(path):
+    Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257).save(path)
+
+
+def palette(path):
+    Image.fromarray(PIXELS).convert("P").save(path)
+
+
+def bilevel(path):
+    Image.fromarray(PIXELS).convert("1").save(path)
+
+
+def alpha(path):
+    Image.fromarray(np.dstack((PIXELS, PIXELS[:, :, 0]))).save(path)
+
+
+def clear(path):
+    Image.fromarray(np.dstack((PIXELS, 0 * PIXELS[:, :, 0]))).save(path)
+
+
+def grey_alpha(path):
+    Image.fromarray(np.dstack((PIXELS[:, :, 0], PIXELS[:, :, 1])), "LA").save(path)
+
+
+def animated(path):
+    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def one_pixel(path):
+    Image.fromarray(PIXELS[:1, :1]).save(path)
+
+
+def thin(path):
+    Image.fromarray(np.tile(PIXELS[:3, :50], (1, 100, 1))).save(path)
+
+
+def icc(path):
+    from PIL import ImageCms
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(PIXELS).save(path, icc_profile=profile)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("make, size, mode", [
+    (grey, (60, 41), "L"), (deep, (60, 41), "L"), (palette, (60, 41), "RGB"), (bilevel, (60, 41), "L"),
+    (alpha, (60, 41), "RGBA"), (clear, (60, 41), "RGBA"), (grey_alpha, (60, 41), "LA"), (one_pixel, (1, 1), "RGB"),
+    (thin, (5000, 3), "RGB"), (icc, (60, 41), "RGB"), (turned, (41, 60), "RGB"), (animated, (60, 41), "RGB")])
+@pytest.mark.parametrize("model", ("ep.pt", "ap.pt"))
+def test_pictures_stay_what_they_are(files, tmp_path, make, size, mode, model):
+    source = tmp_path / ("in.webp" if make is animated else "in.png")
+    make(source)
+    out = restore(files, source, tmp_path / "out.png", model=model)
+    assert out.size == size and out.mode == mode
+    if "A" in mode:
+        assert np.array_equal(np.asarray(out.getchannel("A")), np.asarray(Image.open(source).getchannel("A")))
+    assert ("icc_profile" in out.info) == (make is icc)
+
+
+@pytest.mark.parametrize("kind", ("cmyk", "float"))
+def test_tiffs_of_unusual_kinds(files, tmp_path, kind, capsys):
+    image = Image.fromarray(PIXELS).convert("CMYK") if kind == "cmyk" else Image.fromarray(
+        PIXELS[:, :, 0].astype(np.float32) / 255)
+    image.save(tmp_path / "in.tif")
+    assert restore(files, tmp_path / "in.tif", tmp_path / "out.png").mode == ("RGB" if kind == "cmyk" else "L")
+    assert ("read as 8 bits" in capsys.readouterr().out) == (kind == "float")
+
+
+@pytest.mark.parametrize("name", ("Größe 東京 ☂.png", "a" * 240 + ".png", "with space.png", "-dash.png"))
+def test_unusual_names(files, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(PIXELS).save(tmp_path / "in" / name)
+    run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "haze")
+    assert Image.open(tmp_path / "out" / name).size == (60, 41)
+
+
+def test_a_folder_goes_on_after_broken_files_and_says_so(files, tmp_path, capsys):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for k in range(7):
+        Image.fromarray(PIXELS[k:]).save(tmp_path / "in" / "deep" / f"{k}.png")
+    for name in ("x.png", "y.jpg", "z.webp"):
+        (tmp_path / "in" / name).write_bytes(b"broken")
+    with pytest.raises(SystemExit) as stopped:
+        run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "rain")
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and "7 of 10" in said.out
+    assert all(name in said.err for name in ("x.png", "y.jpg", "z.webp"))
+    assert sorted(p.name for p in (tmp_path / "out" / "deep").iterdir()) == [f"{k}.png" for k in range(7)]
+    assert len(list((tmp_path / "out").rglob("*"))) == 8
+
+
+def test_auto_asks_the_classifier_and_compare_writes_a_strip(files, tmp_path, capsys):
+    grey(tmp_path / "in.png")
+    restore(files, tmp_path / "in.png", tmp_path / "out.png", "--classifier", files / "classifier.pt", "--compare", task="auto")
+    said = capsys.readouterr().out
+    classifier, _ = mioir.load_model(files / "classifier.pt")
+    name, confidence = evaluation.classify(classifier, degrade.to_tensor(degrade.read_image(tmp_path / "in.png")), "cpu")
+    assert f"task {name}" in said and f"{100 * confidence:.0f} %" in said and "low" in said     # it is untrained
+    assert (tmp_path / "out_compare.png").exists()
+
+
+def test_tiles_of_any_size_equal_the_whole(files, tmp_path):
+    Image.fromarray(np.tile(PIXELS, (4, 4, 1))).save(tmp_path / "in.png")
+    for model in ("ep.pt", "ap.pt"):
+        whole = np.asarray(restore(files, tmp_path / "in.png", tmp_path / "a.png", "--overwrite", model=model)).astype(int)
+        tiled = np.asarray(restore(files, tmp_path / "in.png", tmp_path / "b.png", "--overwrite", "--tile", "96", model=model))
+        assert np.abs(whole - tiled).max() <= 1
+
+
+# Pictures and requests that cannot work ---------------------------------------------------------------
+
+def truncated(folder):
+    Image.fromarray(PIXELS).save(folder / "whole.png")
+    (folder / "bad.png").write_bytes((folder / "whole.png").read_bytes()[:900])
+    (folder / "whole.png").unlink()
+
+
+def bomb(folder):
+    """A PNG of a few bytes that claims 60000 x 60000 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+                                     + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+
+
+BAD_PICTURES = {
+    "truncated PNG": (truncated, "not a readable image"),
+    "zero bytes": (lambda f: (f / "bad.png").write_bytes(b""), "not a readable image"),
+    "text": (lambda f: (f / "bad.png").write_text("hello"), "not a readable image"),
+    "random bytes": (lambda f: (f / "bad.png").write_bytes(np.random.default_rng(0).bytes(4000)), "not a readable image"),
+    "PNG head alone": (lambda f: (f / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n"), "not a readable image"),
+    "JPEG head alone": (lambda f: (f / "bad.png").write_bytes(b"\xff\xd8\xff\xe0"), "not a readable image"),
+    "GIF head alone": (lambda f: (f / "bad.png").write_bytes(b"GIF89a"), "not a readable image"),
+    "TIFF head alone": (lambda f: (f / "bad.png").write_bytes(b"II*\0\x08\0\0\0"), "not a readable image"),
+    "WebP head alone": (lambda f: (f / "bad.png").write_bytes(b"RIFF\x10\0\0\0WEBPVP8 "), "not a readable image"),
+    "decompression bomb": (bomb, "--max-pixels"),
+    "missing": (lambda f: None, "No such file"),
+    "a checkpoint": (lambda f: torch.save({"a": 1}, f / "bad.png"), "not a readable image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PICTURES)
+def test_bad_pictures_are_refused_by_name(files, tmp_path, kind):
+    make, words = BAD_PICTURES[kind]
+    make(tmp_path)
+    line = refused(files / "ep.pt", "--input", tmp_path / "bad.png", "--output", tmp_path / "out.png", "--task", "noise")
+    assert "bad.png" in line and words in line
+    assert {p.name for p in tmp_path.iterdir()} <= {"bad.png"}
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/mioir-trap-ran",)
+
+
+def huge(path):
+    """Says in a few bytes that its model has a billion channels."""
+    torch.save({"mioir": 1, "arch": "srresnet", "prompt": None, "sizes": {"width": 10 ** 9}, "raw": {}}, path)
+
+
+BAD_CHECKPOINTS = {
+    "missing": (lambda p: None, "No such file"),
+    "zero bytes": (lambda p: p.write_bytes(b""), "not a checkpoint"),
+    "text": (lambda p: p.write_text("hello"), "not a checkpoint"),
+    "random bytes": (lambda p: p.write_bytes(np.random.default_rng(1).bytes(9000)), "not a checkpoint"),
+    "a picture": (lambda p: Image.fromarray(PIXELS).save(p, "PNG"), "not a checkpoint"),
+    "code in a pickle": (lambda p: torch.save({"mioir": Trap()}, p), "not a checkpoint"),
+    "a list": (lambda p: torch.save([1], p), "list"),
+    "a tensor": (lambda p: torch.save(torch.zeros(2), p), "not a checkpoint"),
+    "foreign weights": (lambda p: torch.save({"fc.weight": torch.zeros(2)}, p), "none of the published models"),
+    "numbers for weights": (lambda p: torch.save({"conv_hr.weight": 3}, p), ""),
+    "no arch": (lambda p: torch.save({"mioir": 1}, p), "arch"),
+    "another arch": (lambda p: torch.save({"mioir": 1, "arch": "vgg", "prompt": None, "sizes": {}, "raw": {}}, p), "vgg"),
+    "unknown sizes": (lambda p: torch.save({"mioir": 1, "arch": "srresnet", "prompt": None, "sizes": {"x": 1}, "raw": {}}, p), "x"),
+    "huge sizes": (huge, ""),
+    "no weights": (lambda p: torch.save({"mioir": 1, "arch": "srresnet", "prompt": None, "sizes": {}}, p), "raw"),
+    "a missing key": (lambda p: torch.save({"mioir": 1, "arch": "srresnet", "prompt": None, "sizes": SMALL["srresnet"],
+                                            "raw": {}}, p), "missing"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_refused_by_name_and_run_nothing(tmp_path, kind):
+    make, words = BAD_CHECKPOINTS[kind]
+    Path("/tmp/mioir-trap-ran").unlink(missing_ok=True)
+    make(tmp_path / "model.pt")
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    line = refused(tmp_path / "model.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--task", "noise")
+    assert "model.pt" in line and words in line
+    assert not (tmp_path / "out.png").exists() and not Path("/tmp/mioir-trap-ran").exists()
+
+
+BAD_REQUESTS = {
+    "unknown task": (["--task", "fog"], ["fog", "haze"]),
+    "mixture of nothing": (["--task", "noise:"], []),
+    "mixture with a word": (["--task", "noise:much"], ["much"]),
+    "auto without a classifier": (["--task", "auto", "--classifier", "nothing.pt"], ["nothing.pt", "--classifier"]),
+    "a restorer as classifier": (["--task", "auto", "--classifier", "ep.pt"], ["not a task classifier"]),
+    "an ending that is no picture's": (["--output", "out.doc"], ["out.doc", ".png"]),
+    "negative tile": (["--tile", "-3"], ["--tile"]),
+    "tile too small for its overlap": (["--tile", "8"], ["overlap"]),
+    "prompts that are no file": (["--prompts", "nothing.npy"], ["nothing.npy"]),
+    "interpolation between unknowns": (["--interpolate", "fog,noise"], ["fog"]),
+    "interpolation of one": (["--interpolate", "noise"], ["--interpolate"]),
+    "weights that are neither": (["--weights", "best"], ["best", "ema"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REQUESTS)
+def test_bad_requests_are_refused(files, tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(files)
+    argv, words = BAD_REQUESTS[kind]
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    argv = ["ep.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--task", "noise", *argv]
+    if kind == "mixture of nothing":                       # means weight 1: not an error
+        run(*argv)
+        assert (tmp_path / "out.png").exists()
+        return
+    line = refused(*argv)
+    assert all(word in line for word in words) and not (tmp_path / "out.png").exists()
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_leave_nothing(files, tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    (tmp_path / "file").write_text("in the way")
+    line = refused(files / "ep.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "file" / "out.png", "--task", "sr")
+    assert "not written" in line or "Not a directory" in line
+    code = ("import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import eval; "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); eval.main()")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), files / "ep.pt", "--input", tmp_path / "in.png",
+                           "--output", tmp_path / "out.png", "--task", "sr"], capture_output=True, text=True)
+    assert done.returncode == 1 and "not written" in done.stderr and "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"in.png", "file"}
+
+
+# Test sets --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("testsets")
+    (folder / "photos" / "more").mkdir(parents=True)
+    for k, name in enumerate(("a.png", "b.png", "more/c.png")):
+        Image.fromarray(degrade.to_image(degrade.dead_leaves(64, 80, degrade.seeded(k))[0])).save(folder / "photos" / name)
+    degrade.main(["--images", str(folder / "photos"), "--out", str(folder / "sets"), "--split", "both", "--seed", "4"])
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_test_sets_have_the_published_layout_and_every_parameter(written):
+    names = set(contents(written / "sets"))
+    expected = {f"original/GT/{n}.png" for n in ("a", "b", "more_c")}
+    expected |= {f"single_indis/{t}/{n}.png" for t in TASKS for n in ("a", "b", "more_c")}
+    expected |= {f"single_outbig/{t}_outbig/{n}.png" for t in TASKS if t != "sr" for n in ("a", "b", "more_c")}
+    assert names == expected | {"params.csv"}
+    lines = (written / "sets" / "params.csv").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("single_indis/jpeg/a.png"))
+    quality = float(row.split("quality=")[1])
+    x = degrade.to_tensor(degrade.read_image(written / "photos" / "a.png"))
+    y = degrade.read_image(written / "sets" / "single_indis" / "jpeg" / "a.png")
+    assert np.array_equal(degrade.to_image(degrade.jpeg(x, quality)), y)
+
+
+def test_the_same_seed_gives_the_same_bytes_also_after_an_interruption(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    again = tmp_path / "sets"
+    degrade.main(["--images", str(written / "photos"), "--out", str(again), "--split", "both", "--seed", "4"])
+    assert contents(again) == contents(written / "sets")
+    for path in list(again.rglob("*.png"))[::3]:
+        path.unlink()
+    degrade.main(["--images", str(written / "photos"), "--out", str(again), "--split", "both", "--seed", "4"])
+    assert contents(again) == contents(written / "sets")
+    with pytest.raises(SystemExit, match="other test sets"):
+        degrade.main(["--images", str(written / "photos"), "--out", str(again), "--split", "both", "--seed", "5"])
+
+
+def test_the_test_set_table(files, written, capsys):
+    run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--output", written / "report.json")
+    said = capsys.readouterr()
+    assert "Toled_val" in said.err and "In-Dis average" in said.out and "Out-Dis average" in said.out
+    report = json.loads((written / "report.json").read_text())
+    assert report["paper"]["rain"] == 34.31                     # SRResNet-S+EP
+    model, _ = mioir.load_model(files / "ep.pt")
+    scores = []
+    for name in ("a", "b", "more_c"):
+        lq = degrade.to_tensor(degrade.read_image(written / "sets" / "single_indis" / "rain" / f"{name}.png"))
+        gt = degrade.read_image(written / "sets" / "original" / "GT" / f"{name}.png")
+        scores.append(evaluation.psnr(evaluation.restored(model, lq, "rain", "cpu"), gt))
+    assert report["psnr"]["rain"] == pytest.approx(np.mean(scores), abs=1e-6)
+    average = np.mean([report["psnr"][task] for task in TASKS])
+    assert report["psnr"]["In-Dis"] == pytest.approx(average)
+    run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average, "--output", written / "r.json")
+    line = refused(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average + 1,
+                   "--output", written / "r.json")
+    assert f"{average:.2f}" in line
+
+
+def test_pairs_are_matched_by_stem_or_by_order(tmp_path):
+    for folder, names in (("gt", ("0801", "0802", "1")), ("suffixed", ("0801x4m", "0802_rain", "1")), ("other", ("x", "y", "z")),
+                          ("few", ("x", "y"))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.fromarray(PIXELS).save(tmp_path / folder / f"{name}.png")
+    pairs = evaluation.match_pairs(tmp_path / "suffixed", tmp_path / "gt")
+    assert [(a.stem, b.stem) for a, b in pairs] == [("0801x4m", "0801"), ("0802_rain", "0802"), ("1", "1")]
+    assert [b.stem for _, b in evaluation.match_pairs(tmp_path / "other", tmp_path / "gt")] == ["0801", "0802", "1"]
+    with pytest.raises(ValueError, match="can't be paired"):
+        evaluation.match_pairs(tmp_path / "few", tmp_path / "gt")
+
+
+def test_the_prompt_matrix_and_the_interpolation_strip(files, written, tmp_path, capsys):
+    run(files / "ep.pt", "--prompt-matrix", "--images", written / "photos", "--output", tmp_path / "m.png")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 8 and Image.open(tmp_path / "m.png").size[0] > 600
+    run(files / "ep.pt", "--interpolate", "noise,jpeg", "--steps", 3, "--input", written / "photos" / "a.png",
+        "--output", tmp_path / "i.png")
+    assert Image.open(tmp_path / "i.png").size[0] > 4 * 190
+    assert "explicit prompts" in refused(files / "ap.pt", "--prompt-matrix")
+
+
+@pytest.mark.parametrize("script", ("train.py", "eval.py", "degrade.py"))
+def test_help_shows_three_worked_examples(script):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(f"{script} ") >= 3
