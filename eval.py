@@ -176,10 +176,10 @@ def curves_picture(path, title, log):
             if line:
                 pen.line([place(*point) for point in line], colour, 2)
                 ends.append((place(*line[-1])[1], name, colour))
-        below = top - 20
-        for y, name, colour in sorted(ends):          # names at the curves' ends, none over another
-            below = max(y, below + 16)
-            pen.text((left + width + 8, below), name, colour, font, "lm")
+        above = top + height + 8
+        for y, name, colour in sorted(ends, reverse=True):  # names at the curves' ends, kept apart
+            above = min(y, above - 16)
+            pen.text((left + width + 8, above), name, colour, font, "lm")
         top += height + 40
     picture.save(path)
 

@@ -64,8 +64,8 @@ SMALL = {
 }
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=8),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=14,
-                 crop=32, period=160, ema=0.99, channels_last=True),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=7,
+                 crop=32, period=220, ema=0.99, channels_last=True),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=2, batch=8, crop=48, period=2, ema=0.9),
 }
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
@@ -447,8 +447,13 @@ class Log:
         self.iterations, self.idle, self.start = 0, 0.0, time.monotonic()  # idle: seconds of validation
         self.sums, self.counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
         self.stop = None                                             # the signal that asked to stop
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, frame: setattr(self, "stop", received))
+        self.handlers = {number: signal.signal(number, lambda received, frame: setattr(self, "stop", received))
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self):
+        """Gives the signals back to whom they belonged."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def say(self, text):
         if self.speaks:
@@ -558,23 +563,31 @@ def train(args):
     run.identify(source.names)
     net = machine.wrap(run.model)
     log = Log(run, machine)
-    announce(run, source, machine, log.say)
-    if args.resume:
-        run.load(log.say)
+    try:
+        announce(run, source, machine, log.say)
+        if args.resume:
+            run.load(log.say)
+        run_stages(run, net, source, machine, log)
+    finally:
+        log.close()
+
+
+def run_stages(run, net, source, machine, log):
+    """The whole schedule, from where the run stands to its end."""
+    classify = run.args.arch == "classifier"
     pairs = validation_pairs(builtin_images(run.recipe["validate"]))
 
     def validate():
-        started = time.monotonic()
-        scores = None
+        started, scores = time.monotonic(), None
         if machine.rank == 0:
-            scores = (confusion(run.model, pairs, machine.device)[0] if args.arch == "classifier" else
+            scores = (confusion(run.model, pairs, machine.device)[0] if classify else
                       mean_psnr(run.model, pairs, machine.device))
         if machine.world > 1:
             dist.barrier()
         log.idle += time.monotonic() - started
         return scores
     if not run.table:
-        run.table = [("chance", dict.fromkeys(TASKS, 100 / 7)) if args.arch == "classifier" else
+        run.table = [("chance", dict.fromkeys(TASKS, 100 / 7)) if classify else
                      ("input", {task: float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))
                                 for task, examples in pairs.items()})]
     while run.stage < len(run.stages):
@@ -584,7 +597,7 @@ def train(args):
         log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
         if train_stage(run, net, source, machine, log, validate):
             return stopped(run, log, machine)
-        run.table.append((f"stage {run.stage + 1} (+{stage.tasks[-1]})" if args.seq else "mixed", validate()))
+        run.table.append((f"stage {run.stage + 1} (+{stage.tasks[-1]})" if run.args.seq else "mixed", validate()))
         run.stage, run.iteration = run.stage + 1, 0
         if machine.rank == 0:
             run.save(keep=f"stage{run.stage}.pt")
