@@ -9,9 +9,8 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("run/last.pt")                # a checkpoint rebuilds its own model
 
-Papers: MiOIR (Kong, Dong, Zhang, arXiv 2401.03379); its backbones: SRResNet (Ledig et al. 2017),
-SwinIR (Liang et al. 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022) and
-PromptIR (Potlapalli et al. 2023).
+Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
+2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
 
 Glossary: the paper's symbol -> our name
     I_LQ, I_GT      x (or lq), gt     degraded and true image                   (N,3,H,W) in [0,1]
@@ -38,10 +37,8 @@ ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
 # ---- The prompt path (paper, Section 3.3): one module for every backbone -------------------------
-
 class Extractor(nn.Module):
     """F_ext: what a prompt image has to say, in 64 numbers. Mirrors `F_ext`, as published."""
-
     def __init__(self, in_channels, width):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=1)  # 1, not 3: as published
@@ -82,11 +79,8 @@ class Extractor(nn.Module):
 
 class PromptPath(nn.Module):
     """Turns a prompt image into a scale and a shift for each site of a backbone.
-
     sites: {name: (extractor number, channels)}. A backbone may share one extractor among all its
-    sites (SRResNet, SwinIR) or give each depth its own (Restormer, Uformer).
-    """
-
+    sites (SRResNet, SwinIR) or give each depth its own (Restormer, Uformer)."""
     def __init__(self, in_channels, sites, width):
         super().__init__()
         self.extractor_of = {site: number for site, (number, _) in sites.items()}
@@ -121,11 +115,9 @@ def random_prompts(seed=0):
 
 class Backbone(nn.Module):
     """What the five backbones share: y = body(x, modulate), where the prompt decides modulate.
-
     `multiple`: height and width must be multiples of it (`restore` pads). `square`: the published
     test protocol also pads to a square. `overlap`: what neighbouring tiles share in `restore`;
-    `context`: how far the border of a tile is wrong, so that `restore` throws it away.
-    """
+    `context`: how far the border of a tile is wrong, so that `restore` throws it away."""
     multiple, square, overlap, context = 1, False, 64, 16
 
     def __init__(self, prompt, sites, prompt_width):
@@ -140,10 +132,8 @@ class Backbone(nn.Module):
 
     def modulation(self, x, task=None):
         """The function modulate(site, f) for these images; computed once, it serves every tile.
-
         x: (N,3,H,W), needed by "ap". task: needed by "ep"; LongTensor (N,) of rows of TASKS, or
-        FloatTensor (N,7) of weights: the prompt is then that weighted sum of the seven images.
-        """
+        FloatTensor (N,7) of weights: the prompt is then that weighted sum of the seven images."""
         if self.prompt is None:
             return unmodulated
         if self.prompt == "ap":                          # F_ext needs 5 pixels; fewer are reflected
@@ -163,14 +153,11 @@ class Backbone(nn.Module):
 
     def forward(self, x, task=None, modulate=None):
         """x: (N,3,H,W) in [0,1], H and W multiples of self.multiple -> y: (N,3,H,W), not clamped.
-
-        task as in `modulation`; modulate, if given, replaces what `modulation` would return.
-        """
+        task as in `modulation`; modulate, if given, replaces what `modulation` would return."""
         return self.body(x, modulate or self.modulation(x, task))
 
 
 # ---- SRResNet: 16 residual blocks without batch norm ("MSRResNet" of BasicSR, at scale 1) --------
-
 def conv3x3(in_channels, out_channels, bias=True):
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
 
@@ -212,7 +199,6 @@ class SRResNet(Backbone):
 
 
 # ---- Window attention, shared by SwinIR and Uformer ----------------------------------------------
-
 def to_windows(f, window):
     """(N,H,W,C) -> (N, windows, window*window, C), windows in reading order."""
     n, h, w, c = f.shape
@@ -237,11 +223,9 @@ def relative_position_index(window):
 
 
 def shift_mask(h, w, window, shift, device):
-    """After the cyclic shift, the last windows hold pixels that were no neighbours: -100 there.
-
-    -100 and not minus infinity, as published: the softmax leaves such pairs about e^-100.
-    Returns (windows, window^2, window^2).
-    """
+    """After the cyclic shift, the last windows hold pixels that were no neighbours: -100 there,
+    and not minus infinity, as published: the softmax leaves such pairs about e^-100.
+    Returns (windows, window^2, window^2)."""
     def band(size):                # 0: untouched windows; 1 and 2: the two parts of the last one
         at = torch.arange(size, device=device)
         return (at >= size - window).long() + (at >= size - shift).long()
@@ -252,7 +236,6 @@ def shift_mask(h, w, window, shift, device):
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside each window, with a learned bias per relative position."""
-
     def __init__(self, dim, heads, window):
         super().__init__()
         self.heads = heads
@@ -277,7 +260,6 @@ class WindowAttention(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth: in training, drops the whole branch of an image with this probability."""
-
     def __init__(self, probability):
         super().__init__()
         self.probability = probability
@@ -292,7 +274,6 @@ class DropPath(nn.Module):
 class WindowBlock(nn.Module):
     """One transformer block on (N,H,W,C). Swin's, with an MLP; or Uformer's LeWin, with LeFF and,
     in the decoder, a modulator: learned numbers added to every window."""
-
     def __init__(self, dim, heads, window, shift, drop_path, mlp, modulator=False):
         super().__init__()
         self.window, self.shift = window, shift
@@ -321,7 +302,6 @@ class WindowBlock(nn.Module):
 
 class WindowStage(nn.Module):
     """A run of blocks at one resolution, (N,C,H,W) -> (N,C,H,W); every second block is shifted."""
-
     def __init__(self, dim, heads, window, drop_paths, make_mlp, modulator=False):
         super().__init__()
         self.window = window
@@ -346,7 +326,6 @@ def init_linears(model):
 
 
 # ---- SwinIR: groups of Swin blocks at full resolution, between two convolutions ------------------
-
 class Mlp(nn.Sequential):
     def __init__(self, dim, ratio):
         hidden = int(dim * ratio)
@@ -355,7 +334,6 @@ class Mlp(nn.Sequential):
 
 class SwinGroup(nn.Module):
     """RSTB (SwinIR, Section 3.2): Swin blocks, a convolution, a skip around both."""
-
     def __init__(self, dim, heads, window, drop_paths, mlp_ratio):
         super().__init__()
         self.stage = WindowStage(dim, heads, window, drop_paths, lambda d: Mlp(d, mlp_ratio))
@@ -367,10 +345,8 @@ class SwinGroup(nn.Module):
 
 class SwinIR(Backbone):
     """Sites (9): the six groups' outputs, conv_after_body after its skip, the last two convs.
-
     Mirrors the published SwinIR with upsampler "pixelshuffle" at scale 1: nothing is enlarged, and
-    the input is not added to the output.
-    """
+    the input is not added to the output."""
     multiple = 8
 
     def __init__(self, prompt=None, dim=180, depths=(6,) * 6, heads=6, window=8, mlp_ratio=2,
@@ -403,18 +379,15 @@ class SwinIR(Backbone):
         return modulate("last", self.conv_last(f)) + self.mean                    # (N,3,H,W)
 
 
-# ---- Restormer: a U-shape whose attention runs over channels, so its cost is linear in the pixels 
-
+# ---- Restormer: a U-shape whose attention runs over channels, so its cost is linear in the pixels
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (N,C,H,W), through torch's own kernel."""
-
     def forward(self, f):
         return super().forward(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ChannelAttention(nn.Module):
     """MDTA (Restormer, Section 3.1): heads of c channels attend to each other over all pixels."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -438,7 +411,6 @@ class ChannelAttention(nn.Module):
 
 class GatedFeedForward(nn.Module):
     """GDFN (Restormer, Section 3.2): gelu(one half) gates the other half."""
-
     def __init__(self, dim, expansion):
         super().__init__()
         hidden = int(dim * expansion)
@@ -476,9 +448,7 @@ def double(dim):
 
 class Restormer(Backbone):
     """Sites (6): latent, decoder 3, 2, 1 and refinement outputs, output conv before the residual.
-
-    Encoder and decoder levels are listed from the finest (1) to the coarsest (3).
-    """
+    Encoder and decoder levels are listed from the finest (1) to the coarsest (3)."""
     multiple = 64                  # the U-shape needs 8; the published test protocol pads to 64
 
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
@@ -524,10 +494,8 @@ class Restormer(Backbone):
 
 
 # ---- Uformer-B: a U-shape of window attention ----------------------------------------------------
-
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward (Uformer, Section 3.2): an MLP with a depthwise convolution."""
-
     def __init__(self, dim, ratio=4):
         super().__init__()
         self.linear1 = nn.Linear(dim, ratio * dim)
@@ -542,15 +510,12 @@ class LeFF(nn.Module):
 
 class Uformer(Backbone):
     """Sites (6): bottleneck, decoder 0 to 3, output projection before the input is added.
-
     Levels run encoder 0..3, bottleneck, decoder 0..3. The published code takes the square root of
-    the number of tokens for the height, so it runs on squares alone; ours keeps height and width.
-    """
+    the number of tokens for the height, so it runs on squares alone; ours keeps both sides."""
     multiple, square = 128, True   # four halvings and a window of 8 at the bottom
 
     def __init__(self, prompt=None, dim=32, depths=(1, 2, 8, 8, 2, 8, 8, 2, 1),
-                 heads=(1, 2, 4, 8, 16, 16, 8, 4, 2), window=8, drop_path=0.1,
-                 prompt_width=64):
+                 heads=(1, 2, 4, 8, 16, 16, 8, 4, 2), window=8, drop_path=0.1, prompt_width=64):
         c = [dim * 2 ** i for i in range(5)]                                      # 32 .. 512
         sites = {"bottleneck": (0, c[4]), "decoder0": (0, c[4]), "decoder1": (1, c[3]),
                  "decoder2": (2, c[2]), "decoder3": (3, c[1]), "output": (4, 3)}
@@ -589,10 +554,8 @@ class Uformer(Backbone):
 
 
 # ---- PromptIR: Restormer that makes its own prompts ----------------------------------------------
-
 class PromptGenerator(nn.Module):
     """PGM (PromptIR, Section 3.1): mixes five learned maps by what the features look like."""
-
     def __init__(self, dim, prompt_dim, size, length=5):
         super().__init__()
         self.components = nn.Parameter(torch.rand(1, length, prompt_dim, size, size))
@@ -608,7 +571,6 @@ class PromptGenerator(nn.Module):
 
 class PromptInteraction(nn.Module):
     """PIM (PromptIR, Section 3.1): one transformer block over features and prompt together."""
-
     def __init__(self, dim, prompt_dim, out_dim, size, heads, expansion):
         super().__init__()
         self.generate = PromptGenerator(dim, prompt_dim, size)
@@ -621,12 +583,9 @@ class PromptInteraction(nn.Module):
 
 class PromptIR(Restormer):
     """Restormer with a prompt before each way up; it takes no other prompt.
-
     Two oddities are the published code's: all three interaction blocks have level 3's number of
     heads, and the first comes down to 4*dim channels, so that the first way up gives 2*dim where
-    Restormer's gives 4*dim (the paper's figure shows Restormer's).
-    """
-
+    Restormer's gives 4*dim (the paper's figure shows Restormer's)."""
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
                  expansion=2.66, prompt_dims=(64, 128, 320), prompt_sizes=(64, 32, 16)):
         if prompt is not None:
@@ -644,22 +603,17 @@ class PromptIR(Restormer):
 
 
 # ---- The task classifier: names the degradation when the user does not ---------------------------
-
 class TaskClassifier(nn.Module):
     """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
-
     The published one ends in a softmax and is trained with a cross-entropy that applies another,
-    which flattens the gradients; ours returns logits. softmax(logits) equals the published output.
-    """
-
+    which flattens the gradients; ours returns logits; their softmax equals the published output."""
     def __init__(self, width=128):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                  # (N,128,H/3,W/3)
             nn.Conv2d(width, width, 3, stride=3), nn.LeakyReLU(0.1),              # (N,128,H/9,W/9)
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
-            nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
-            nn.Conv2d(width, 32, 1))
+            nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
         self.head = nn.Linear(32, len(TASKS))
 
     def forward(self, x):
@@ -667,7 +621,6 @@ class TaskClassifier(nn.Module):
 
 
 # ---- Building, saving, loading -------------------------------------------------------------------
-
 MODELS = {"srresnet": SRResNet, "swinir": SwinIR, "restormer": Restormer, "uformer": Uformer,
           "promptir": PromptIR}
 
@@ -675,9 +628,7 @@ MODELS = {"srresnet": SRResNet, "swinir": SwinIR, "restormer": Restormer, "uform
 def build_model(arch, prompt=None, **overrides):
     """A backbone with fresh weights. arch: one of ARCHS; prompt: None, "ep" (explicit) or "ap"
     (adaptive). Defaults are the paper's sizes; overrides shrink them: dim=16, blocks=(1,1,1,1).
-
-    Raises ValueError for an unknown arch, prompt or override, and for promptir with a prompt.
-    """
+    Raises ValueError for an unknown arch, prompt or override, and for promptir with a prompt."""
     if arch not in MODELS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(MODELS)}")
     try:
@@ -695,12 +646,10 @@ def recompute_blocks(model):
 
 def load_model(path, weights="raw", device="cpu", prompts=None):
     """A model from a file: one of ours, or one published with the paper. Returns (model, info).
-
     weights: "raw" (what the paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
     info: {"arch", "prompt", "sizes", "published", ...}; ours adds what train.py stored beside it.
     Read with weights_only=True, so that a file can hold numbers but can't run code.
-    Raises ValueError with one line that names the file and what is wrong with it.
-    """
+    Raises ValueError with one line that names the file and what is wrong with it."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -746,7 +695,6 @@ def _load_published(saved, weights, device, prompts):
 
 
 # ---- The published checkpoints: their parameter names and ours -----------------------------------
-
 # For each arch, (pattern in our name, text in the published name), applied from top to bottom.
 # "a+b" in a published name: our tensor is the two published tensors, joined along axis 0.
 _U_SHAPE = [*((rf"^encoder\.{i}\.", f"encoder_level{i + 1}.") for i in range(3)),
@@ -757,20 +705,17 @@ _U_SHAPE = [*((rf"^encoder\.{i}\.", f"encoder_level{i + 1}.") for i in range(3))
             *((rf"^interact\.{i}\.generate\.", f"prompt{i + 1}.") for i in range(3)),
             *((rf"^interact\.{i}\.block\.", f"noise_level{i + 1}.") for i in range(3)),
             *((rf"^interact\.{i}\.reduce\.", f"reduce_noise_level{i + 1}.") for i in range(3)),
-            (r"^embed\.", "patch_embed.proj."),
-            (r"\.(norm\d)\.", r".\1.body."),
+            (r"^embed\.", "patch_embed.proj."), (r"\.(norm\d)\.", r".\1.body."),
             (r"\.attn\.dwconv\.", ".attn.qkv_dwconv."),
-            (r"\.attn\.project\.", ".attn.project_out."),
-            (r"\.components$", ".prompt_param"), (r"(prompt\d)\.linear\.", r"\1.linear_layer."),
-            (r"(prompt\d)\.conv\.", r"\1.conv3x3.")]
+            (r"\.attn\.project\.", ".attn.project_out."), (r"\.components$", ".prompt_param"),
+            (r"(prompt\d)\.linear\.", r"\1.linear_layer."), (r"(prompt\d)\.conv\.", r"\1.conv3x3.")]
 _WINDOWS = [(r"\.bias_table$", ".relative_position_bias_table"),
             (r"\.attn\.project\.", ".attn.proj.")]
 _SITES = {  # published suffixes of prompt_scale and prompt_shift
     "srresnet": {**{f"block{i}": f"{i}" for i in range(1, 17)}, "hr": "hr", "last": "out"},
     "swinir": {"after_body": "_after_body", "before_upsample": "_before_upsample", "last": "_last"},
     "restormer": {"latent": "1", "decoder3": "2", "decoder2": "3", "decoder1": "4",
-                  "refinement": "5",
-                  "output": "out"},
+                  "refinement": "5", "output": "out"},
     "uformer": {"bottleneck": "0", **{f"decoder{i}": f"{i + 1}" for i in range(4)}, "output": "5"},
     "promptir": {}, "classifier": {}}
 _NAMES = {
@@ -846,11 +791,9 @@ def _check_names(ours, theirs):
 
 def load_official(model, state_dict, prompts=None):
     """Loads published weights into one of our models (backbone or TaskClassifier), strictly.
-
     state_dict: {published name: tensor}, bare or wrapped in {"params", "params_ema"} or with a
     "module." prefix. prompts: (7,128,128) array, the images of a published "ep" model (type7.npy).
-    Raises ValueError that names every missing, unexpected or mis-shaped key. Returns the model.
-    """
+    Raises ValueError that names every missing, unexpected or mis-shaped key. Returns the model."""
     arch = {cls: name for name, cls in MODELS.items()}.get(type(model), "classifier")
     state = _unwrap(state_dict)
     own = {k: v for k, v in model.state_dict().items() if k != "prompts"}
@@ -874,7 +817,6 @@ def load_official(model, state_dict, prompts=None):
 
 
 # ---- Restoring images of any size ----------------------------------------------------------------
-
 def reflect_pad(x, left, right, top, bottom):
     """Reflection without repeating the edge, like F.pad(mode="reflect"), but for any length:
     a 3-pixel image padded to 64 is reflected back and forth."""
@@ -902,12 +844,10 @@ def pad_for(model, x, square):
 @torch.no_grad()
 def restore(model, x, task=None, tile=None, overlap=None):
     """Restores images of any height and width: pads, runs, cuts back; does not clamp.
-
     model: a backbone. x: (N,3,H,W) in [0,1]. task: as in Backbone.modulation. An "ap" model reads
     the padded image. tile: edge of square tiles in pixels (rounded up to the model's multiple), so
     that memory stays bounded; None runs the image whole. overlap: pixels that neighbours share, at
-    least twice model.context; the default suits the backbone. Returns y: (N,3,H,W).
-    """
+    least twice model.context; the default suits the backbone. Returns y: (N,3,H,W)."""
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
     was_training = model.training

@@ -64,8 +64,8 @@ SMALL = {
 }
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=8),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=7,
-                 crop=32, period=220, ema=0.99, channels_last=True),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=14,
+                 crop=32, period=130, ema=0.99, channels_last=True),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=2, batch=8, crop=48, period=2, ema=0.9),
 }
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
