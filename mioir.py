@@ -585,7 +585,7 @@ class PromptIR(Restormer):
     """Restormer with a prompt before each way up; it takes no other prompt.
     Two oddities are the published code's: all three interaction blocks have level 3's number of
     heads, and the first comes down to 4*dim channels, so that the first way up gives 2*dim where
-    Restormer's gives 4*dim (the paper's figure shows Restormer's)."""
+    Restormer's gives 4*dim. Its prompt maps have fixed sizes and are stretched to the features."""
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
                  expansion=2.66, prompt_dims=(64, 128, 320), prompt_sizes=(64, 32, 16)):
         if prompt is not None:
