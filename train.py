@@ -329,7 +329,8 @@ class Machine:
         return torch.compile(net) if self.args.compile else net
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+        bf16 = self.args.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def gather(self, values):
         """Adds up a tensor over all processes."""
