@@ -70,7 +70,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(whole, tm
     moments, kills, out = random.Random(0), 0, tmp_path / "out"
     while kills < 20:
         process = start(out, *(["--resume"] if (out / "last.pt").exists() else []))
-        process.join(moments.uniform(0.1, 1.5))
+        process.join(moments.uniform(0.1, 1.0))
         if process.exitcode is None:
             process.kill()                                         # SIGKILL: no time to tidy up
             process.join()
