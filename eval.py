@@ -251,7 +251,7 @@ def load_classifier(path, device):
     return classifier
 
 
-def auto_tile(model, x):
+def auto_tile(x):
     """Whole up to a megapixel; above it, tiles of 512, so that memory stays bounded."""
     return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else None
 
@@ -264,7 +264,7 @@ def evaluate(model, pairs, device, say):
     for task, examples in pairs.items():
         scores = []
         for lq, gt in examples:
-            y, x, truth = restored(model, lq, task, device, auto_tile(model, lq)), to_image(lq), to_image(gt)
+            y, x, truth = restored(model, lq, task, device, auto_tile(lq)), to_image(lq), to_image(gt)
             scores.append([psnr(x, truth), psnr(y, truth), ssim(x, truth), ssim(y, truth)])
         p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
         rows.append([task, p_in, p_out, p_out - p_in, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_out - s_in:+.4f}"])
@@ -309,7 +309,7 @@ def prompt_matrix(args, model, device):
     images = load_images(args.images, args.depth) if args.images else builtin_images()
     rows = []
     for task, examples in validation_pairs(images, "in", args.seed).items():
-        scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(model, lq)), to_image(gt))
+        scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(lq)), to_image(gt))
                                  for lq, gt in examples])) for prompt in TASKS]
         rows.append([task, *scores, float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))])
     print(markdown(["images \\ prompt", *TASKS, "input"], rows))
@@ -397,7 +397,7 @@ def testsets(args, model, info, device):
                 raise ValueError(f"{name}: nobody knows this set's degradation; leave --oracle out, so that the "
                                  "classifier chooses the prompt")
             h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))  # an LQ may lack the GT's last rows
-            y = restored(model, lq, named, device, args.tile or auto_tile(model, lq))
+            y = restored(model, lq, named, device, args.tile or auto_tile(lq))
             values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
         scores[name] = np.mean(values, 0).tolist()
         print(f"  {name}: {scores[name][0]:.2f} dB over {len(values)} images, {time.monotonic() - start:.0f} s so far",
@@ -448,7 +448,7 @@ def restore_picture(source, target, args, model, classifier, device):
         notes.append(f"task {name}, {100 * confidence:.0f} % sure"
                      + ("" if confidence > 0.6 else " - low: look at it, or name the task with --task"))
     task = parse_task(name) if model.prompt == "ep" else None
-    tile = args.tile or auto_tile(model, x)
+    tile = args.tile or auto_tile(x)
     if tile:
         notes.append(f"in tiles of {tile}")
     y = restored(model, x, task, device, tile)
@@ -522,7 +522,7 @@ def interpolate(args, model, device):
     first, second = map(parse_task, names)
     x = to_tensor(read_image(args.input))
     shares = [k / (args.steps - 1) for k in range(args.steps)]
-    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(model, x)) for s in shares]
+    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(x)) for s in shares]
     path = Path(args.output or "interpolation.png")
     strip_picture(path, ["input", *(f"{names[0]} {1 - s:.2f} {names[1]} {s:.2f}" for s in shares)],
                   [("", [to_image(x), *images])])

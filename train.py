@@ -190,9 +190,10 @@ def print_plan(args):
           f"crop {r['crop']}, eta_min {r['eta_min']:g}, seed {args.seed}\n")
     rows = []
     for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"]), 1):
-        at = {f"{t}": lr_at(t, stage.periods, r["lr"], r["eta_min"]) for t in (1, stage.iterations // 2, stage.iterations)}
+        rates = [lr_at(t, stage.periods, r["lr"], r["eta_min"])
+                 for t in (1, stage.iterations // 2, stage.iterations)]
         rows.append([k, " ".join(stage.tasks), f"{stage.iterations}", f"{len(stage.periods)} x {stage.periods[0]}",
-                     *(f"{lr:.3e}" for lr in at.values())])
+                     *(f"{lr:.3e}" for lr in rates)])
     print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first", "lr middle", "lr last"], rows))
     print(f"\ntotal: {sum(int(row[2]) for row in rows)} iterations; each stage starts with a fresh optimiser")
 
@@ -559,7 +560,7 @@ def train(args):
         source = open_images(args, print)
     if machine.world > 1:
         dist.barrier()
-        source = source or open_images(dataclasses.replace(args, resume=args.resume), lambda text: None)
+        source = source or open_images(args, lambda text: None)
     run = Run(args, machine.device)
     run.identify(source.names)
     net = machine.wrap(run.model)

@@ -48,6 +48,14 @@ def finish(out, *more, **options):
     return process.exitcode
 
 
+def kill_after_two_checkpoints(out):
+    process = start(out)
+    while not (out / "previous.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+
+
 def weights(out, name="last.pt"):
     return torch.load(out / name, weights_only=True)
 
@@ -85,11 +93,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(whole, tm
 
 def test_a_torn_newest_checkpoint_is_reported_and_the_one_before_is_used(whole, tmp_path, capsys):
     out = tmp_path / "out"
-    process = start(out)
-    while not (out / "previous.pt").exists():
-        time.sleep(0.02)
-    process.kill()
-    process.join()
+    kill_after_two_checkpoints(out)
     torn = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(torn[:len(torn) // 2])
     assert finish(out, "--resume") == 0
@@ -123,11 +127,7 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
     out = tmp_path / "out"
     assert finish(out, limit=300_000) != 0
     assert not (out / "last.pt").exists() and not list(out.glob("*.tmp"))
-    process = start(out)
-    while not (out / "previous.pt").exists():
-        time.sleep(0.02)
-    process.kill()
-    process.join()
+    kill_after_two_checkpoints(out)
     before = (out / "last.pt").read_bytes()
     assert finish(out, "--resume", limit=300_000) != 0
     assert (out / "last.pt").read_bytes() == before
