@@ -53,7 +53,8 @@ RECIPES = {
 LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier stages last one
 MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as many as sequential, 6 + 4
 
-# Presets change the recipe; SMALL shrinks the model. leaves: (how many, edge) images if there is no --data.
+# Presets change the recipe; SMALL shrinks the model. leaves, validate: (how many, edge) training images if
+# there is no --data, and validation images.
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
@@ -63,10 +64,10 @@ SMALL = {
     "classifier": dict(),
 }
 PRESETS = {
-    "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=8),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=8, lr=1e-3, eta_min=1e-5, batch=14,
+    "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
                  crop=32, period=130, ema=0.99, channels_last=True),
-    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=2, batch=8, crop=48, period=2, ema=0.9),
+    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48, period=1, ema=0.9),
 }
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
     ("demo", "uformer"): dict(crop=128, batch=7, period=40), ("smoke", "uformer"): dict(crop=128, period=1),
@@ -577,7 +578,7 @@ def train(args):
 def run_stages(run, net, source, machine, log):
     """The whole schedule, from where the run stands to its end."""
     classify = run.args.arch == "classifier"
-    pairs = validation_pairs(builtin_images(run.recipe["validate"]))
+    pairs = validation_pairs(builtin_images(*run.recipe["validate"]))
 
     def validate():
         started, scores = time.monotonic(), None

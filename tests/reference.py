@@ -4,6 +4,7 @@ golden/models.json.gz: published parameter names and shapes of 14 variants; gold
 fourth pixel of their outputs. golden/degrade.*: published degradations, metrics and learning rates of
 one 96 x 128 photo. All made with the published code, once; the tests compare ours with them.
 """
+import functools
 import gzip
 import json
 import zlib
@@ -20,6 +21,7 @@ DEGRADED = np.load(GOLDEN / "degrade.npz")
 CASES = json.loads((GOLDEN / "degrade.json").read_text())
 
 
+@functools.cache
 def filled(name, shape):
     """A weight that depends on its published name and shape alone."""
     values = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape).astype(np.float32)

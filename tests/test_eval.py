@@ -1,4 +1,5 @@
 """Metrics equal to the published ones, and the real command."""
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from PIL import Image
 
 import eval as evaluation
 import mioir
-import train
 from degrade import TASKS
 from reference import CASES, DEGRADED, published_prompts, published_state
 
@@ -34,10 +34,8 @@ def test_metrics_of_equal_images_and_of_unfit_ones():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    train.main(["--arch", "restormer", "--prompt", "--preset", "smoke", "--out", str(out)])
-    return out / "last.pt"
+def checkpoint(finished):
+    return finished / "last.pt"
 
 
 @pytest.fixture
@@ -51,7 +49,8 @@ def run(*argv):
     evaluation.main([str(a) for a in argv])
 
 
-def test_the_table_has_every_task_both_splits_and_a_strip(checkpoint, capsys, tmp_path):
+def test_the_table_has_every_task_both_splits_and_a_strip(checkpoint, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "builtin_images", functools.partial(evaluation.builtin_images, 2, 64))
     run(checkpoint, "--output", tmp_path / "strips.png")
     said = capsys.readouterr().out
     in_dis, out_dis = said.split("Out-Dis")
@@ -69,9 +68,8 @@ def test_the_table_on_ones_own_images(checkpoint, picture, capsys):
     assert "1 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ("noise", "noise:0.7,jpeg:0.3"))
-def test_a_photo_is_restored_at_its_size_by_the_real_command(checkpoint, picture, task):
-    output = picture.with_name("restored.png")
+def test_a_photo_is_restored_at_its_size_by_the_real_command(checkpoint, picture):
+    output, task = picture.with_name("restored.png"), "noise:0.7,jpeg:0.3"
     done = subprocess.run([sys.executable, "-W", "error", str(ROOT / "eval.py"), str(checkpoint), "--input", str(picture),
                            "--output", str(output), "--task", task], capture_output=True, text=True, cwd=picture.parent)
     assert done.returncode == 0 and done.stderr == ""

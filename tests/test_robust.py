@@ -5,39 +5,43 @@ import os
 import random
 import resource
 import signal
-import subprocess
+import socket
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import mioir
 import train
+from conftest import TINY
 from degrade import TASKS, leaf_items, make_batch, ImageCache
 from test_models import KINDS, SMALL
 
-ROOT = Path(__file__).parent.parent
-# Children start from a server that has imported everything but computed nothing: safe and fast.
+# Children start from a server that has imported everything (optimisers import torch._dynamo) but has
+# computed nothing: safe and fast.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train"])
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])
 
 
-def child(argv, preset, limit=None):
-    """A run in a process of its own, with one thread and a changed smoke preset."""
+def child(argv, preset, limit, environment, said):
+    """A run in a process of its own, with one thread and a changed smoke preset; what it says goes to a file."""
     torch.set_num_threads(1)
+    os.environ.update(environment)
     train.PRESETS["smoke"].update(preset)
+    if "order" in preset:
+        train.RECIPES["srresnet"]["order"] = preset["order"]
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.stdout = open(os.devnull, "w") if not os.environ.get("SHOW") else sys.stdout
-    train.main(argv)
+    sys.argv, sys.stdout = ["train.py", *argv], open(said, "w")
+    train.main()
 
 
-def start(out, *more, preset=(), limit=None):
+def start(out, *more, preset=(), limit=None, environment=(), said=os.devnull):
     argv = ["--arch", "srresnet", "--seq", "--preset", "smoke", "--out", str(out), "--save-every", "1", *more]
-    process = FORKS.Process(target=child, args=(argv, {"batch": 4, "crop": 32, "validate": 1, "leaves": (2, 96), **dict(preset)}, limit))
+    process = FORKS.Process(target=child, args=(argv, {**TINY, **dict(preset)}, limit, dict(environment), said))
     process.start()
     return process
 
@@ -74,18 +78,29 @@ def whole(tmp_path_factory):
     return out
 
 
+def at_once(check, *cases):
+    """check(case) for all cases, a thread each: what they wait for are processes. Raises what one raised."""
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(check, cases))
+
+
 def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(whole, tmp_path):
-    moments, kills, out = random.Random(0), 0, tmp_path / "out"
-    while kills < 20:
+    at_once(lambda seed: survive_ten_kills(whole, tmp_path / str(seed), seed), 0, 1)
+
+
+def survive_ten_kills(whole, folder, seed):
+    moments, kills, out = random.Random(seed), 0, folder / "out"
+    while kills < 10:
         process = start(out, *(["--resume"] if (out / "last.pt").exists() else []))
-        process.join(moments.uniform(0.1, 1.0))
+        process.join(moments.uniform(0.1, 0.7))
         if process.exitcode is None:
             process.kill()                                         # SIGKILL: no time to tidy up
             process.join()
             kills += 1
-        elif kills < 20 and process.exitcode == 0:                 # it got to the end: start over
+        else:                                                      # it got to the end: start over
+            assert process.exitcode == 0
             assert_same_bits(weights(out), weights(whole))
-            out = tmp_path / f"out{kills}"
+            out = folder / f"out{kills}"
     assert finish(out, *(["--resume"] if (out / "last.pt").exists() else [])) == 0
     assert_same_bits(weights(out), weights(whole))
     assert not list(out.glob("*.tmp"))
@@ -106,18 +121,21 @@ def test_the_last_two_and_each_stages_end_are_kept(whole):
     assert [weights(whole, f"stage{k}.pt")["stage"] for k in (1, 4, 7)] == [1, 4, 7]
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_saves_and_shows_the_command_that_goes_on(whole, tmp_path, number):
-    out = tmp_path / "out"
-    code = ("import sys, torch; sys.path.insert(0, sys.argv.pop(1)); import train; torch.set_num_threads(1); "
-            "train.PRESETS['smoke'].update(batch=4, crop=32, validate=1, leaves=(2, 96)); train.main()")
-    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), "--arch", "srresnet", "--seq", "--preset", "smoke",
-                                "--out", str(out), "--save-every", "1"], stdout=subprocess.PIPE, text=True)
-    while not (out / "last.pt").exists() and process.poll() is None:
+def test_a_signal_saves_and_shows_the_command_that_goes_on(whole, tmp_path):
+    at_once(lambda number: stop_and_go_on(whole, tmp_path / str(int(number)), number), signal.SIGINT, signal.SIGTERM)
+
+
+def stop_and_go_on(whole, folder, number):
+    folder.mkdir()
+    out, said = folder / "out", folder / "said.txt"
+    process = start(out, said=said)
+    while not (out / "last.pt").exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and "--resume" in said.splitlines()[-1]
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    assert said.read_text().splitlines()[-1].split() == [
+        "python", "train.py", "--arch", "srresnet", "--seq", "--preset", "smoke", "--out", str(out), "--save-every", "1", "--resume"]
     assert finish(out, "--resume") == 0
     assert_same_bits(weights(out), weights(whole))
 
@@ -135,7 +153,7 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
     assert_same_bits(weights(out), weights(whole))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_checkpoint(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_checkpoint(tmp_path, monkeypatch, tiny):
     real, calls = train.loss_per_image, []
 
     def poisoned(net, lq, gt, task):
@@ -143,7 +161,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_checkpoint(t
         loss = real(net, lq, gt, task)
         return torch.where(task == TASKS.index("jpeg"), torch.nan, loss) if len(calls) > 2 else loss
     monkeypatch.setattr(train, "loss_per_image", poisoned)
-    monkeypatch.setitem(train.PRESETS["smoke"], "period", 2)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--arch", "srresnet", "--seq", "--order", "rjb", "--preset", "smoke", "--out", str(tmp_path / "out"),
                     "--save-every", "1"])
@@ -153,10 +170,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_checkpoint(t
     assert all(value.isfinite().all() for value in saved["raw"].values())
 
 
-def test_a_cached_image_that_vanishes_is_named(tmp_path):
+def test_a_cached_image_that_vanishes_is_named(tmp_path, tiny):
     out = tmp_path / "out"
     train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(out)])
-    with pytest.raises(ValueError, match="stage 1, iteration 1.*leaves-192-0-"):
+    with pytest.raises(ValueError, match="stage 1, iteration 1.*leaves-144-0-"):
         args = train.parse(["--arch", "srresnet", "--preset", "smoke", "--out", str(out), "--resume"])
         source = train.open_images(args, lambda text: None)
         for path in (out / "cache").glob("*.npy"):
@@ -172,22 +189,22 @@ def log_losses(out):
     return [entry["loss"] for entry in lines if "loss" in entry]
 
 
-def split_run(tmp_path, name, processes, *more):
-    """The first iterations of one stage under torchrun, every loss logged."""
-    script = tmp_path / "start.py"
-    script.write_text("import sys, torch; sys.path.insert(0, %r); import train; torch.set_num_threads(1)\n"
-                      "train.PRESETS['smoke'].update(batch=8, crop=32, log_every=1, period=5, validate=1)\n"
-                      "train.RECIPES['srresnet']['order'] = 'rjbs'\n"
-                      "if __name__ == '__main__':\n    train.main()\n" % str(ROOT))
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
-    subprocess.run([sys.executable, *(command if processes > 1 else []), str(script), "--arch", "srresnet", "--seq",
-                    "--preset", "smoke", "--out", str(tmp_path / name), *more], check=True, capture_output=True, timeout=200)
-    return log_losses(tmp_path / name)
-
-
 def test_two_processes_and_accumulation_repeat_the_single_process_run(tmp_path):
-    alone = split_run(tmp_path, "alone", 1)
-    for losses in (split_run(tmp_path, "two", 2), split_run(tmp_path, "parts", 1, "--accumulate", "2")):
+    """Two processes meet by the variables that torchrun sets, over gloo."""
+    def begin(name, *more, **ranks):
+        return start(tmp_path / name, *more, environment=ranks, said=tmp_path / f"{name}{ranks.get('RANK', '')}.txt",
+                     preset=dict(batch=8, log_every=1, period=4, order="rj"))
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    runs = [begin("alone"), begin("parts", "--accumulate", "2")]
+    for group in (runs, [begin("two", **meet, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]):
+        for process in group:
+            process.join(120)
+            assert process.exitcode == 0
+    alone = log_losses(tmp_path / "alone")
+    for losses in (log_losses(tmp_path / "two"), log_losses(tmp_path / "parts")):
         assert len(losses) == len(alone) >= 20
         for a, b in zip(alone[:20], losses[:20]):
             assert a.keys() == b.keys() and all(abs(a[task] - b[task]) <= 1e-4 * abs(a[task]) + 1e-5 for task in a)
@@ -210,10 +227,9 @@ def test_batches_are_the_same_bit_for_bit_however_they_are_split(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-def test_workers_accumulation_and_precision_flags_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "PRESETS", {"smoke": {**train.PRESETS["smoke"], "batch": 4, "crop": 32, "period": 1,
-                                                     "validate": 1}})
-    common = ["--arch", "srresnet", "--prompt", "--preset", "smoke", "--cache", str(tmp_path / "cache")]
+def test_workers_accumulation_and_precision_flags_run(tmp_path, monkeypatch, tiny):
+    monkeypatch.setitem(train.PRESETS["smoke"], "period", 1)
+    common = ["--arch", "srresnet", "--seq", "--order", "rj", "--prompt", "--preset", "smoke", "--cache", str(tmp_path / "cache")]
     train.main([*common, "--out", str(tmp_path / "plain")])
     train.main([*common, "--out", str(tmp_path / "workers"), "--workers", "2"])
     assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "workers"))
