@@ -2,11 +2,13 @@
 
     python degrade.py --images photos --out testsets                          # In-Dis test sets
     python degrade.py --images photos --depth maps --out testsets --split both --seed 3
+    python degrade.py --images photos --out harder --split out                # Out-Dis alone
     python eval.py runs/demo/last.pt --testsets testsets                    # reads what was written
 
 Every degradation takes and gives (N,3,H,W) in [0,1] and one parameter per image, and rounds its
 result to 8 bits as the published data are: y = jpeg(x, quality=torch.tensor([30, 45, 70])).
-Source: paper, Section 4.1 and the published data_script/add_MiO_train_degradation.py (OpenCV, DiffJPEG).
+Source: paper, Section 4.1 and the published data_script/add_MiO_train_degradation.py
+(OpenCV, DiffJPEG).
 """
 import argparse
 import csv
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 
 from mioir import TASKS, reflect_pad
 
-# What is drawn for each image: (lowest, highest), both included. "in" trains and tests (In-Dis), "out"
+# What is drawn per image: (lowest, highest), both included. "in" trains and tests (In-Dis), "out"
 # tests only (Out-Dis). Numbers with a point are rounded to 2 decimals, the others are integers.
 RANGES = {
     "in": {"blur": {"sigma": (1.0, 3.0), "kernel_size": (7, 21)},    # kernel_size: odd numbers only
@@ -40,7 +42,8 @@ RANGES = {
     "out": {"blur": {"sigma": (3.0, 5.0), "kernel_size": (7, 21)},
             "noise": {"sigma": (50, 70)},
             "jpeg": {"quality": (10, 30)},
-            "rain": {"density": (100, 149), "width": (3, 11), "length": (20, 40), "angle": (-45, 44)},
+            "rain": {"density": (100, 149), "width": (3, 11), "length": (20, 40),
+                     "angle": (-45, 44)},
             "haze": {"airlight": (0.8, 1.0), "beta": (2.5, 3.0)},
             "dark": {"gamma": (3.0, 4.0)}},                            # sr: not published
 }
@@ -165,7 +168,7 @@ def streak_kernels(width, length, angle):
             streak += weight * on_diagonal
     inside = (at >= 0) & (at < length[:, None])
     streak = streak * inside[:, :, None] * inside[:, None, :]
-    # The blur as a matrix: row p of `blur` holds the taps that fall on each pixel, borders reflected.
+    # Blur as a matrix: row p of `blur` holds the taps that fall on each pixel, borders reflected.
     taps = _width_taps(length.device)[(width.long() - 3) // 2]                    # (N,11)
     last = length[:, None, None] - 1
     reach = at[:, :, None] + torch.arange(-5, 6, device=length.device)            # (N,40,11)
@@ -176,7 +179,7 @@ def streak_kernels(width, length, angle):
 
 
 def rain_streaks(field, density, width, length, angle, peak=1.0):
-    """A layer of rain: (N,1,H,W) in [0,1], in steps of 1/255, `peak` at each field's brightest spot.
+    """A layer of rain: (N,1,H,W) in [0,1] in steps of 1/255, `peak` at each field's brightest spot.
 
     field: (N,1,H,W) uniform random numbers in [0,256); a drop falls where it is among the largest
     density/100 of 256. density: 50..149; width: 3..11 odd, length: 20..40, both in pixels; angle:
@@ -190,16 +193,18 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
         each = zip(field.split(1), density, width, length, angle)
         return torch.cat([rain_streaks(*one, peak=peak) for one in each])
     drops = torch.where(field >= 256 - density.view(n, 1, 1, 1) / 100, field, 0)[:, 0].double()
-    # Each drop first gets a small halo (3x3), then becomes a streak; both filters have mirrored borders,
+    # Each drop gets a small halo (3x3), then becomes a streak; both filters have mirrored borders,
     # and the halo is symmetric, so that one correlation with the 42 x 42 kernel of both does it.
-    halo = torch.tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64, device=field.device)
-    kernel = F.conv2d(streak_kernels(width, length, angle)[:, None], halo[None, None], padding=2)[:, 0]
+    halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
+    streaks = streak_kernels(width, length, angle)[:, None]                       # (N,1,40,40)
+    kernel = F.conv2d(streaks, halo[None, None], padding=2)[:, 0]                 # (N,42,42)
     drops = reflect_pad(drops[:, None], 21, 20, 21, 20)[:, 0]                     # (N,H+41,W+41)
     size = [_fast_size(s) for s in drops.shape[1:]]
-    spectrum = torch.fft.rfft2(drops, s=size) * torch.fft.rfft2(kernel, s=size).conj()  # conj: no flip
+    spectrum = torch.fft.rfft2(drops, s=size) * torch.fft.rfft2(kernel, s=size).conj()  # no flip
     layer = torch.fft.irfft2(spectrum, s=size)[:, None, :h, :w]
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
-    return ((layer - low) / (high - low).clamp_min(1e-12) * (255 * peak) + 1e-9).floor().float() / 255
+    layer = (layer - low) / (high - low).clamp_min(1e-12)                         # from 0 to 1
+    return (layer * (255 * peak) + 1e-9).floor().float() / 255
 
 
 def _fast_size(n):
@@ -215,7 +220,7 @@ def add_rain(x, streaks):
 def add_haze(x, depth, airlight, beta, depth_max=None):
     """x t + airlight (1 - t) with t = exp(-beta d): the atmospheric scattering model.
 
-    depth: (N,1,h,w), any unit, larger is farther; enlarged to x's size where it is smaller (bilinear).
+    depth: (N,1,h,w), any unit, larger is farther; enlarged to x's size where smaller (bilinear).
     d = depth / depth_max; depth_max is the WHOLE image's maximum: give it when x is a crop.
     airlight: brightness of the haze, in [0,1]; beta: its density.
     """
@@ -235,7 +240,8 @@ def bicubic_x4(x, stored=False):
     """A quarter of the size and back, both bicubic without antialiasing (torch's own).
     stored: the small image is an 8-bit file in between, as in the published test sets."""
     small = F.interpolate(x, [max(s // 4, 1) for s in x.shape[2:]], mode="bicubic")
-    return quantize(F.interpolate(quantize(small) if stored else small, x.shape[2:], mode="bicubic"))
+    small = quantize(small) if stored else small
+    return quantize(F.interpolate(small, x.shape[2:], mode="bicubic"))
 
 
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
@@ -257,7 +263,8 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     size: (H,W) of the images. rain_field: (H,W) of the rain field where it differs.
     """
     if task not in RANGES[split]:
-        raise ValueError(f"no {split!r} ranges for task {task!r}; there are {', '.join(RANGES[split])}")
+        raise ValueError(f"no {split!r} ranges for task {task!r}; "
+                         f"there are {', '.join(RANGES[split])}")
     drawn = {}
     for name, (low, high) in RANGES[split][task].items():
         u = torch.rand(n, generator=generator)
@@ -265,7 +272,8 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
         if step:
             drawn[name] = low + step * (u * ((high - low) // step + 1)).floor()
         else:                          # as published: uniform, then rounded
-            drawn[name] = torch.round(low + u * (high - low), decimals=2 if isinstance(low, float) else 0)
+            decimals = 2 if isinstance(low, float) else 0
+            drawn[name] = torch.round(low + u * (high - low), decimals=decimals)
     if task == "noise":
         drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
     if task == "rain":
@@ -274,7 +282,7 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
 
 
 def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
-    """Degrades x (N,3,H,W) by what `draw` gave. depth: for haze, (N,1,h,w); depth_max: (N,) or None.
+    """Degrades x (N,3,H,W) by what `draw` gave. depth (haze): (N,1,h,w); depth_max: (N,) or None.
     A rain field larger than x is rain on a larger canvas with x in its corner."""
     drawn = {name: value.to(x.device) for name, value in drawn.items()}
     if task == "rain":
@@ -287,7 +295,7 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
 
 
 def depth_prior(height, width, generator=None):
-    """Depth for a photo without a depth map: (1,1,H,W) in (0,1], far at the top, near at the bottom,
+    """Depth for a photo that has none: (1,1,H,W) in (0,1], far at the top, near at the bottom,
     plus variation of low frequency. Its maximum counts as 1 wherever the image is cropped."""
     knots = torch.linspace(1, 0.2, 8)[:, None] + 0.15 * torch.randn(8, 8, generator=generator)
     knots = (knots / knots.max()).clamp_min(0.05)
@@ -298,7 +306,7 @@ def degrade(x, task, split="in", depth=None, generator=None):
     """A random degradation of whole images, with the paper's ranges.
 
     x: (N,3,H,W) in [0,1]; task: one of TASKS; split: "in" or "out" (RANGES); depth: (N,1,h,w), used
-    by haze, else depth_prior. Returns (N,3,H,W). Raises ValueError for sr with "out": not published.
+    by haze, else depth_prior. Returns (N,3,H,W). Raises ValueError for "out" sr: not published.
     """
     n, _, h, w = x.shape
     drawn = draw(task, (h, w), split, generator, n)
@@ -310,12 +318,12 @@ def degrade(x, task, split="in", depth=None, generator=None):
 
 # ---- Dead leaves: images with true depth from a seed alone ---------------------------------------
 
-# Natural colours (8-bit RGB): sky, water, foliage, grass, soil, rock, sand, wood, brick, skin, petals.
-_PALETTE = np.array(
-    [(150, 185, 220), (96, 130, 165), (214, 222, 228), (40, 66, 74), (58, 84, 38), (104, 128, 60),
-     (150, 162, 84), (34, 46, 26), (92, 70, 50), (58, 46, 38), (128, 122, 114), (84, 84, 86),
-     (176, 170, 158), (206, 186, 148), (156, 118, 80), (132, 68, 50), (212, 164, 134), (196, 74, 84),
-     (222, 182, 70), (140, 96, 146), (238, 234, 226), (24, 24, 28)], dtype=np.float32) / 255
+# Natural colours (RGB): sky, water, foliage, grass, soil, rock, sand, wood, brick, skin, petals.
+_PALETTE = np.array([
+    (150, 185, 220), (96, 130, 165), (214, 222, 228), (40, 66, 74), (58, 84, 38), (104, 128, 60),
+    (150, 162, 84), (34, 46, 26), (92, 70, 50), (58, 46, 38), (128, 122, 114), (84, 84, 86),
+    (176, 170, 158), (206, 186, 148), (156, 118, 80), (132, 68, 50), (212, 164, 134), (196, 74, 84),
+    (222, 182, 70), (140, 96, 146), (238, 234, 226), (24, 24, 28)], dtype=np.float32) / 255
 
 
 def spectrum_noise(height, width, slope, rng):
@@ -336,7 +344,8 @@ def _outline(kind, theta, rng):
         p = rng.uniform(3, 9)
         return (np.abs(np.cos(theta)) ** p + np.abs(np.sin(theta)) ** p + 1e-9) ** (-1 / p)
     if kind == "blob":
-        return 1 + sum(rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7)) for k in range(2, 7))
+        return 1 + sum(rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
+                       for k in range(2, 7))
     return np.ones_like(theta)                             # "disc"; stretched, an ellipse or a stem
 
 
@@ -345,19 +354,21 @@ def _leaf_texture(u, v, top, left, radius, noises, rng):
     kind, strength = rng.random(), rng.uniform(0.02, 0.16) * (rng.random() < 0.4)  # most are smooth
     if kind < 0.25:
         frequency, angle = rng.uniform(1.5, max(radius / 3, 2)), rng.uniform(0, np.pi)
-        texture = np.sin(frequency * np.pi * (u * np.cos(angle) + v * np.sin(angle)) + rng.uniform(0, 7))
+        across = u * np.cos(angle) + v * np.sin(angle)
+        texture = np.sin(frequency * np.pi * across + rng.uniform(0, 7))
     else:
         noise = noises[rng.integers(len(noises))]
         dy, dx = rng.integers(0, noise.shape[0]), rng.integers(0, noise.shape[1])
         rows = (np.arange(top, top + u.shape[0]) + dy) % noise.shape[0]
         texture = noise[rows[:, None], (np.arange(left, left + u.shape[1]) + dx) % noise.shape[1]]
     angle = rng.uniform(0, 2 * np.pi)
-    shading = rng.uniform(0, 0.25) * (u * np.cos(angle) + v * np.sin(angle)) - rng.uniform(0, 0.12) * (u * u + v * v)
+    slope, bulge = rng.uniform(0, 0.25), rng.uniform(0, 0.12)
+    shading = slope * (u * np.cos(angle) + v * np.sin(angle)) - bulge * (u * u + v * v)
     return strength * texture + shading
 
 
 def dead_leaves(height, width, generator):
-    """A random scene: overlapping shapes, the nearer in front, each with colour, texture and shading.
+    """A random scene: overlapping shapes, the nearer in front, each with colour, texture, shading.
 
     Radii follow the power law r^-3, which makes the image scale-invariant as natural images are
     (Lee, Mumford, Huang, "Occlusion models for natural images", 2001). generator: torch.Generator.
@@ -382,7 +393,8 @@ def dead_leaves(height, width, generator):
 def _backdrop(height, width, palette, noises, rng):
     """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    image = palette[0] * (1 - down) + palette[1] * down + rng.uniform(0, 0.03) * noises[2][..., None]
+    noise = rng.uniform(0, 0.03) * noises[2][..., None]
+    image = palette[0] * (1 - down) + palette[1] * down + noise
     depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))
     return image.astype(np.float32), depth.astype(np.float32)
 
@@ -408,7 +420,8 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
     texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
     patch = image[top:bottom, left:right]
-    colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35)) + rng.normal(0, 0.02, 3)
+    colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35))
+    colour += rng.normal(0, 0.02, 3)
     colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)         # akin to its surroundings
     patch *= 1 - shadow * (1 - cover)                                         # darker beside a leaf
     patch += cover * (np.clip(colour, 0.02, 1) * (1 + texture) - patch)
@@ -440,9 +453,11 @@ def open_image(path):
                 image.load()
                 return image, notes
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); if you trust "
-                         "the file, raise PIL.Image.MAX_IMAGE_PIXELS (eval.py: --max-pixels N)") from None
-    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError) as error:
+        raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
+                         "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
+                         "(eval.py: --max-pixels N)") from None
+    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError,
+            TypeError) as error:
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
 
 
@@ -479,19 +494,21 @@ def to_image(x):
 
 
 def list_images(folders):
-    """All image files below the folders, sorted. Raises ValueError if a folder is missing or there are none."""
+    """All images below the folders, sorted. Raises ValueError for no images or a missing folder."""
     files = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; give a folder that holds images")
-        files += sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        files += sorted(p for p in folder.rglob("*")
+                        if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
-        raise ValueError(f"{', '.join(map(str, folders))}: no images; looked for {' '.join(SUFFIXES)}")
+        raise ValueError(f"{', '.join(map(str, folders))}: no images; "
+                         f"looked for {' '.join(SUFFIXES)}")
     return files
 
 
 def read_depth(path):
-    """A depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, or .mat (`data_obj`)."""
+    """Depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, .mat (`data_obj`)."""
     try:
         if path.suffix == ".npy":
             depth = np.load(path, allow_pickle=False)
@@ -499,7 +516,8 @@ def read_depth(path):
             try:
                 from scipy.io import loadmat
             except ImportError:
-                raise ValueError("a .mat file needs scipy, which is not installed; save the maps as .npy") from None
+                raise ValueError("a .mat file needs scipy, which is not installed; "
+                                 "save the maps as .npy") from None
             depth = loadmat(path)["data_obj"]
         else:
             with Image.open(path) as image:
@@ -566,8 +584,8 @@ def _stored_bytes(item):
 class ImageCache:
     """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
 
-    items: (name, maker, arguments); the name changes when the content would (see photo_items, leaf_items), so
-    that a file that exists is right, and building goes on where it was interrupted.
+    items: (name, maker, arguments); the name changes when the content would (see photo_items,
+    leaf_items), so that a file that exists is right, and building goes on where it was interrupted.
     """
 
     def __init__(self, folder, items, minimum, say=print):
@@ -597,8 +615,9 @@ class ImageCache:
         names = [name for name, _, _ in todo]
         needed, free = sum(map(_stored_bytes, todo)), shutil.disk_usage(self.folder).free
         if needed > free:
-            raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-                             "free; name a folder on a larger disk with --cache")
+            raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB and "
+                             f"{free / 1e9:.1f} GB are free; "
+                             "name a folder on a larger disk with --cache")
         workers = min(os.cpu_count() or 1, len(todo) // 32)
         bad, step = {}, max(len(todo) // 10, 25)
         def done(count, name, reason):
@@ -612,7 +631,8 @@ class ImageCache:
                 done(count, name, _store(*job))
             torch.set_num_threads(threads)
             return bad
-        with ProcessPoolExecutor(workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers,
+                                 mp_context=torch.multiprocessing.get_context("spawn")) as pool:
             futures = {pool.submit(_store, *job): name for name, job in zip(names, jobs)}
             for count, future in enumerate(as_completed(futures), 1):
                 done(count, futures[future], future.result())
@@ -638,10 +658,11 @@ class ImageCache:
 
 
 def photo_items(folders, depth_folder=None):
-    """Items of an ImageCache. A name holds the file's path, size and time: a changed file is read anew."""
+    """Items of an ImageCache. A name holds path, size and time: a changed file is read anew."""
     items = []
     for path, depth in find_depths(list_images(folders), depth_folder).items():
-        facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (path, depth) if p]
+        facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
+                 for p in (path, depth) if p]
         name = f"{path.stem[:40]}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
         items.append((name, _make_photo, (path, depth)))
     return items
@@ -649,15 +670,16 @@ def photo_items(folders, depth_folder=None):
 
 def leaf_items(count, edge, seed):
     """Items of an ImageCache: dead leaves, edge x edge pixels, with true depth."""
-    return [(f"leaves-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k)) for k in range(count)]
+    return [(f"leaves-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
+            for k in range(count)]
 
 
 # ---- Training batches ----------------------------------------------------------------------------
 
-# The published data degrade whole images and crop afterwards. A crop degraded on its own would differ:
+# The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
 # JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
-# each sample is cut from the middle of a larger canvas: 16 pixels or more of margin, and 0 to 15 more,
-# so that all 16 phases of JPEG's chroma grid occur equally often.
+# each sample is cut from the middle of a larger canvas: 16 pixels or more of margin, and 0 to 15
+# more, so that all 16 phases of JPEG's chroma grid occur equally often.
 MARGIN = 48
 
 
@@ -683,7 +705,8 @@ def sample(source, tasks, crop, seed, stage, iteration, i, batch):
             "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD,) * 2)}
     if task == "haze":
         depth = source.depth(k)
-        depth = depth_prior(h, w, g) if depth is None else F.interpolate(depth, (h, w), mode="bilinear")
+        depth = (depth_prior(h, w, g) if depth is None
+                 else F.interpolate(depth, (h, w), mode="bilinear"))
         item["depth_max"] = depth.amax()[None]
         item["depth"] = reflect_pad(depth[:, :, top:top + edge, left:left + edge],
                                     0, max(edge - w, 0), 0, max(edge - h, 0))
@@ -691,7 +714,7 @@ def sample(source, tasks, crop, seed, stage, iteration, i, batch):
 
 
 def make_batch(samples, crop, device):
-    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop), and task: (N,) rows of TASKS."""
+    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS."""
     canvas = torch.stack([s["canvas"] for s in samples]).to(device, non_blocking=True).float() / 255
     degraded = torch.empty_like(canvas)
     for task in {s["task"]: None for s in samples}:                            # in order, once each
@@ -700,7 +723,8 @@ def make_batch(samples, crop, device):
         def join(key):
             return torch.cat([s[key] for s in group]).to(device) if key in group[0] else None
         drawn = {name: torch.cat([s["drawn"][name] for s in group]) for name in group[0]["drawn"]}
-        degraded[rows] = apply(canvas[rows], task, drawn, join("depth"), join("depth_max"), RAIN_PEAK)
+        depth, depth_max = join("depth"), join("depth_max")
+        degraded[rows] = apply(canvas[rows], task, drawn, depth, depth_max, RAIN_PEAK)
     pairs = torch.cat((degraded, canvas), 1)                                      # (N,6,edge,edge)
     pairs = torch.stack([_turn(pair[:, y:y + crop, x:x + crop], s["turn"])
                          for pair, s in zip(pairs, samples) for y, x in [s["offset"]]])
@@ -728,10 +752,10 @@ def validation_pairs(images, split="in", seed=0):
             for task in RANGES[split]}
 
 
-# ---- Writing test sets -------------------------------------------------------------------------------
+# ---- Writing test sets ---------------------------------------------------------------------------
 
 def _test_images(path, name, depth_path, out, split, seed):
-    """Writes the degraded versions of one image that are not there yet. Returns rows of params.csv."""
+    """Writes one image's degraded versions that are not there yet. Returns rows of params.csv."""
     torch.set_num_threads(1)
     try:
         x = to_tensor(read_image(path))
@@ -749,9 +773,11 @@ def _test_images(path, name, depth_path, out, split, seed):
                 depth_here, d_max = depth_prior(*size, g), 1.0
             else:
                 depth_here = depth
-            target = out / {"in": f"single_indis/{task}", "out": f"single_outbig/{task}_outbig"}[which] / f"{name}.png"
+            folder = {"in": f"single_indis/{task}", "out": f"single_outbig/{task}_outbig"}[which]
+            target = out / folder / f"{name}.png"
             if not target.exists():
-                y = bicubic_x4(x, stored=True) if task == "sr" else apply(x, task, drawn, depth_here, d_max)
+                y = (bicubic_x4(x, stored=True) if task == "sr"
+                     else apply(x, task, drawn, depth_here, d_max))
                 write_image(target, to_image(y))
             numbers = {key: value.item() for key, value in drawn.items() if value.numel() == 1}
             rows.append([str(target.relative_to(out)), task, which, g.initial_seed(),
@@ -774,17 +800,19 @@ def write_image(path, image):
 def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     """Degrades all images of a folder into the published test-set layout, with params.csv.
 
-    The same seed gives the same bytes, on any number of cores and after any interruption. Returns the
-    number of images that could not be read.
+    The same seed gives the same bytes, on any number of cores and after any interruption. Returns
+    the number of images that could not be read.
     """
     out, files = Path(out), find_depths(list_images([folder]), depth_folder)
     names = {path: "_".join(path.relative_to(folder).with_suffix("").parts) for path in files}
     if len(set(names.values())) < len(names):
-        raise ValueError(f"{folder}: two images have the same name but for their ending; rename one")
+        raise ValueError(f"{folder}: two images have the same name but for their ending; "
+                         "rename one")
     plan = out / "params.csv"
     settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
     if plan.exists() and plan.read_text().splitlines()[0] != settings:
-        raise ValueError(f"--out {out} holds other test sets ({plan.read_text().splitlines()[0][2:]}); choose another folder")
+        raise ValueError(f"--out {out} holds other test sets "
+                         f"({plan.read_text().splitlines()[0][2:]}); choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     plan.write_text(settings + "\n")                       # begun; the rows follow when all is done
     results, start = {}, time.monotonic()
@@ -795,7 +823,8 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
         for count, future in enumerate(as_completed(futures), 1):
             results[futures[future]] = future.result()
             rate = count / (time.monotonic() - start)
-            say(f"{count}/{len(files)} {futures[future].name} | {rate:.2f} images/s | {(len(files) - count) / rate:.0f} s left")
+            say(f"{count}/{len(files)} {futures[future].name} | {rate:.2f} images/s | "
+                f"{(len(files) - count) / rate:.0f} s left")
     bad = [result for result in results.values() if isinstance(result, str)]
     with open(f"{plan}.tmp", "w", newline="") as file:
         file.write(settings + "\n")
@@ -807,18 +836,23 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     os.replace(f"{plan}.tmp", plan)
     for reason in bad:
         say(f"skipped {reason}")
-    say(f"{out}: {len(files) - len(bad)} images in {time.monotonic() - start:.0f} s; next: python eval.py CKPT --testsets {out}")
+    say(f"{out}: {len(files) - len(bad)} images in {time.monotonic() - start:.0f} s; "
+        f"next: python eval.py CKPT --testsets {out}")
     return len(bad)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"degrade.py: {message} (see python degrade.py --help)")
-    parser.add_argument("--images", required=True, metavar="DIR", help="pictures to degrade, in any subfolders")
-    parser.add_argument("--depth", metavar="DIR", help="depth maps for haze, matched by name (default: a smooth prior)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where original/, single_indis/, ... go")
-    parser.add_argument("--split", choices=("in", "out", "both"), default="in", help="In-Dis, Out-Dis ranges, or both")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--images", required=True, metavar="DIR", help="pictures to degrade, in any subfolders")
+    add("--depth", metavar="DIR",
+        help="depth maps for haze, matched by name (default: a smooth prior)")
+    add("--out", required=True, metavar="DIR", help="where original/, single_indis/, ... go")
+    add("--split", choices=("in", "out", "both"), default="in",
+        help="In-Dis, Out-Dis ranges, or both")
+    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
         if write_test_sets(args.images, args.out, args.split, args.seed, args.depth):

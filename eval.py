@@ -6,8 +6,9 @@
     python eval.py Restormer_S_EP.pth --prompts type7.npy --testsets MiO100   # the paper's 19 sets
     python eval.py runs/demo/last.pt --prompt-matrix                  # what a wrong prompt costs
 
-Metrics are the paper's: PSNR and SSIM on 8-bit RGB, output clamped and rounded, 4 border pixels cut,
-averaged over the images of a set; raw weights, not EMA. Source: paper, Section 5.1, and BasicSR.
+Metrics are the paper's: PSNR and SSIM on 8-bit RGB, output clamped and rounded, 4 border pixels
+cut, averaged over the images of a set; raw weights, not EMA.
+Source: paper, Section 5.1, and BasicSR.
 """
 import argparse
 import hashlib
@@ -32,17 +33,17 @@ from mioir import TASKS, TaskClassifier, load_model, restore
 
 def _cut(a, b, crop):
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.ndim != 3:
-        raise ValueError(f"metrics take two uint8 (H,W,3) arrays of one size, not {a.shape} {a.dtype} "
-                         f"and {b.shape} {b.dtype}")
+        raise ValueError("metrics take two uint8 (H,W,3) arrays of one size, "
+                         f"not {a.shape} {a.dtype} and {b.shape} {b.dtype}")
     if min(a.shape[:2]) <= 2 * crop:
-        raise ValueError(f"an image of {a.shape[1]} x {a.shape[0]} has nothing left after cutting {crop} "
-                         "pixels off each side")
+        raise ValueError(f"an image of {a.shape[1]} x {a.shape[0]} has nothing left after cutting "
+                         f"{crop} pixels off each side")
     h, w = a.shape[:2]
     return tuple(x[crop:h - crop, crop:w - crop].astype(np.float64) for x in (a, b))
 
 
 def psnr(a, b, crop=4):
-    """Peak signal-to-noise ratio in dB of two uint8 (H,W,3) arrays, without `crop` border pixels."""
+    """Peak signal-to-noise ratio in dB of two uint8 (H,W,3) arrays without `crop` border pixels."""
     a, b = _cut(a, b, crop)
     mse = np.mean((a - b) ** 2)
     return float("inf") if mse == 0 else float(10 * np.log10(255 ** 2 / mse))
@@ -53,7 +54,8 @@ def ssim(a, b, crop=4):
     mean over pixels and the three channels (Wang et al. 2004; `calculate_ssim` of BasicSR)."""
     a, b = (torch.from_numpy(x).permute(2, 0, 1)[:, None] for x in _cut(a, b, crop))     # (3,1,h,w)
     if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM needs 11 pixels in height and width after the cut, not {tuple(a.shape[2:])}")
+        raise ValueError("SSIM needs 11 pixels in height and width after the cut, "
+                         f"not {tuple(a.shape[2:])}")
     taps = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
     taps = taps / taps.sum()
 
@@ -69,12 +71,13 @@ def ssim(a, b, crop=4):
 
 
 def mean_psnr(model, pairs, device):
-    """{task: PSNR in dB} over {task: [(lq, gt), ...]}, images of one size; "ep" models are told the task."""
+    """{task: PSNR in dB} over {task: [(lq, gt), ...]}, all of one size; "ep" is told the task."""
     scores = {}
     for task, examples in pairs.items():
         lq = torch.cat([lq for lq, _ in examples]).to(device)
         y = restore(model, lq, torch.full((len(lq),), TASKS.index(task), device=device))
-        scores[task] = float(np.mean([psnr(to_image(out), to_image(gt)) for out, (_, gt) in zip(y, examples)]))
+        values = [psnr(to_image(out), to_image(gt)) for out, (_, gt) in zip(y, examples)]
+        scores[task] = float(np.mean(values))
     return scores
 
 
@@ -86,7 +89,8 @@ def confusion(classifier, pairs, device):
     for task, examples in pairs.items():
         for lq, _ in examples:
             matrix[TASKS.index(task), classifier(lq.to(device)).argmax().item()] += 1
-    return {task: 100 * matrix[i, i] / matrix[i].sum() for i, task in enumerate(TASKS)}, matrix.tolist()
+    accuracy = {task: 100 * matrix[i, i] / matrix[i].sum() for i, task in enumerate(TASKS)}
+    return accuracy, matrix.tolist()
 
 
 def restored(model, lq, task, device, tile=None):
@@ -111,14 +115,15 @@ def markdown(header, rows):
 
 
 def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
-    """Draws a table of numbers: each cell green by what it gains on its reference, red by what it loses.
+    """Draws a table of numbers: each cell green by its gain on its reference, red by its loss.
 
-    rows: [(name, [number, ...]), ...]. reference: "first" row, of the same column, or "last" column,
-    of the same row. outlined: set of (row, column) to frame, such as the tasks a stage trains on.
+    rows: [(name, [number, ...]), ...]. reference: "first" row, same column, or "last" column,
+    same row. outlined: set of (row, column) to frame, such as the tasks a stage trains on.
     """
     cell_w, cell_h, left, top = 78, 34, 190, 66
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
-    picture = Image.new("RGB", (left + cell_w * len(columns) + 16, top + cell_h * len(rows) + 16), "white")
+    size = (left + cell_w * len(columns) + 16, top + cell_h * len(rows) + 16)
+    picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
     pen.text((12, 10), title, "black", bold)
     for j, column in enumerate(columns):
@@ -139,12 +144,13 @@ def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     picture.save(path)
 
 
-_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194))
+_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
+            (140, 86, 75), (227, 119, 194))
 
 
 def curves_picture(path, title, log):
-    """Draws a log.jsonl: the loss of each task on a logarithmic axis, and the learning rate below."""
-    entries = [entry for entry in map(json.loads, Path(log).read_text().splitlines()) if "loss" in entry]
+    """Draws a log.jsonl: the loss of each task on a logarithmic axis, the learning rate below."""
+    entries = [e for e in map(json.loads, Path(log).read_text().splitlines()) if "loss" in e]
     offset, at, last = 0, [], (1, 0)
     for entry in entries:                                       # iterations counted over all stages
         here = (entry["stage"], entry["iteration"])
@@ -154,8 +160,10 @@ def curves_picture(path, title, log):
     width, heights, left, top, font = 900, (320, 110), 70, 56, ImageFont.load_default(14)
     picture = Image.new("RGB", (width + left + 110, sum(heights) + top + 70), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((12, 8), f"{title}: loss per task, and learning rate, by iteration", "black", ImageFont.load_default(18))
-    curves = {task: [(x, e["loss"][task]) for x, e in zip(at, entries) if task in e["loss"]] for task in TASKS}
+    pen.text((12, 8), f"{title}: loss per task, and learning rate, by iteration", "black",
+             ImageFont.load_default(18))
+    curves = {task: [(x, e["loss"][task]) for x, e in zip(at, entries) if task in e["loss"]]
+              for task in TASKS}
     panels = ((curves, True), ({"lr": [(x, e["lr"]) for x, e in zip(at, entries)]}, False))
     for (lines, logarithmic), height in zip(panels, heights):
         values = np.array([y for line in lines.values() for _, y in line])
@@ -168,7 +176,8 @@ def curves_picture(path, title, log):
         pen.rectangle((left, top, left + width, top + height), None, "black")
         for y in np.linspace(low, high, 4):
             value = 10 ** y if logarithmic else y
-            pen.text((left - 8, place(0, value)[1]), f"{value:.1e}" if value < 1e-3 else f"{value:.3f}", "black", font, "rm")
+            label = f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
+            pen.text((left - 8, place(0, value)[1]), label, "black", font, "rm")
         for x in np.linspace(0, max(at), 6)[1:]:
             pen.text((place(x, 1)[0], top + height + 12), f"{x:.0f}", "black", font, "mm")
         ends = []
@@ -185,9 +194,10 @@ def curves_picture(path, title, log):
 
 
 def strip_picture(path, header, rows, edge=192):
-    """Draws rows of pictures: [(name, [(H,W,3) uint8, ...]), ...], each cut to edge x edge at its centre."""
+    """Draws rows of pictures: [(name, [(H,W,3) uint8, ...]), ...], their central edge x edge."""
     left, top, font = 76, 30, ImageFont.load_default(16)
-    picture = Image.new("RGB", (left + (edge + 6) * len(header), top + (edge + 6) * len(rows)), "white")
+    size = (left + (edge + 6) * len(header), top + (edge + 6) * len(rows))
+    picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
     for j, text in enumerate(header):
         pen.text((left + j * (edge + 6) + edge / 2, top / 2), text, "black", font, anchor="mm")
@@ -209,7 +219,7 @@ def task_strips(path, model, pairs, device):
     strip_picture(path, ["degraded", "restored", "truth"], rows)
 
 
-# ---- Which prompt: the user's word, or the classifier's ----------------------------------------------
+# ---- Which prompt: the user's word, or the classifier's ------------------------------------------
 
 CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"
 
@@ -231,7 +241,7 @@ def parse_task(text):
 
 @torch.no_grad()
 def classify(classifier, x, device):
-    """(task name, confidence in [0,1]) for one image (1,3,H,W); of a large one, its middle decides."""
+    """(task name, confidence in [0,1]) for one image (1,3,H,W); if large, its middle decides."""
     top, left = (max(s - 1024, 0) // 2 for s in x.shape[2:])
     x = x[:, :, top:top + 1024, left:left + 1024]
     x = F.pad(x, (0, max(9 - x.shape[3], 0), 0, max(9 - x.shape[2], 0)), mode="replicate")
@@ -243,8 +253,9 @@ def load_classifier(path, device):
     """The classifier of --classifier, or the one that ships in assets/."""
     path = path or CLASSIFIER
     if not Path(path).exists():
-        raise ValueError(f"there is no classifier {path} to tell the task: name it with --task (one of "
-                         f"{', '.join(TASKS)}), or train one (train.py --arch classifier) and give --classifier FILE")
+        raise ValueError(f"there is no classifier {path} to tell the task: name it with --task "
+                         f"(one of {', '.join(TASKS)}), or train one (train.py --arch classifier) "
+                         "and give --classifier FILE")
     classifier, _ = load_model(path, device=device)
     if not isinstance(classifier, TaskClassifier):
         raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
@@ -256,30 +267,34 @@ def auto_tile(x):
     return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else None
 
 
-# ---- The table over images that we degrade ourselves --------------------------------------------------
+# ---- The table over images that we degrade ourselves ---------------------------------------------
 
 def evaluate(model, pairs, device, say):
-    """Rows (task, PSNR in, out, gain, SSIM in, out, gain) over {task: [(lq, gt), ...]}, and their mean."""
+    """Rows (task, PSNR in, out, gain, SSIM in, out, gain) of {task: [(lq, gt), ...]}, and mean."""
     rows = []
     for task, examples in pairs.items():
         scores = []
         for lq, gt in examples:
-            y, x, truth = restored(model, lq, task, device, auto_tile(lq)), to_image(lq), to_image(gt)
+            y = restored(model, lq, task, device, auto_tile(lq))
+            x, truth = to_image(lq), to_image(gt)
             scores.append([psnr(x, truth), psnr(y, truth), ssim(x, truth), ssim(y, truth)])
         p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
-        rows.append([task, p_in, p_out, p_out - p_in, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_out - s_in:+.4f}"])
+        rows.append([task, p_in, p_out, p_out - p_in,
+                     f"{s_in:.4f}", f"{s_out:.4f}", f"{s_out - s_in:+.4f}"])
         say(f"{task}: {p_in:.2f} -> {p_out:.2f} dB over {len(examples)} images")
     numbers = np.array([[float(v) for v in row[1:]] for row in rows]).mean(0).tolist()
-    return [*rows, ["mean", *numbers[:3], f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"]]
+    return [*rows, ["mean", *numbers[:3],
+                    f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"]]
 
 
 def load_images(folder, depth_folder):
-    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of a folder; bad files are named and skipped."""
+    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of a folder; names and skips bad files."""
     images = []
     for path, depth in find_depths(list_images([folder]), depth_folder).items():
         try:
             image = to_tensor(read_image(path))
-            images.append((image, None if depth is None else torch.from_numpy(read_depth(depth))[None, None]))
+            depth = None if depth is None else torch.from_numpy(read_depth(depth))[None, None]
+            images.append((image, depth))
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
     if not images:
@@ -295,11 +310,12 @@ def table(args, model, device):
         pairs = validation_pairs(images, split, args.seed)
         rows = evaluate(model, pairs, device, lambda text: print("  " + text, file=sys.stderr))
         print(f"\n{title}, {len(images)} images, seed {args.seed}"
-              f"{'' if split == 'in' else ' (sr: ranges not published)'}\n\n{markdown(header, rows)}")
+              f"{'' if split == 'in' else ' (sr: ranges not published)'}\n\n"
+              f"{markdown(header, rows)}")
         if split == "in":
             task_strips(strips, model, pairs, device)
-    print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, true task told. "
-          f"Picture: {strips}")
+    print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, "
+          f"true task told. Picture: {strips}")
 
 
 def prompt_matrix(args, model, device):
@@ -309,20 +325,23 @@ def prompt_matrix(args, model, device):
     images = load_images(args.images, args.depth) if args.images else builtin_images()
     rows = []
     for task, examples in validation_pairs(images, "in", args.seed).items():
-        scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(lq)), to_image(gt))
-                                 for lq, gt in examples])) for prompt in TASKS]
-        rows.append([task, *scores, float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))])
+        scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(lq)),
+                                      to_image(gt)) for lq, gt in examples])) for prompt in TASKS]
+        before = [psnr(to_image(lq), to_image(gt)) for lq, gt in examples]
+        rows.append([task, *scores, float(np.mean(before))])
     print(markdown(["images \\ prompt", *TASKS, "input"], rows))
     path = Path(args.output or Path(args.checkpoint).with_name("prompts.png"))
-    matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)", [*TASKS, "input"],
-                   [(row[0], row[1:]) for row in rows], {(i, i) for i in range(len(TASKS))}, reference="last")
-    print(f"\nPSNR in dB, {len(images)} images, seed {args.seed}, {args.weights} weights. Picture: {path}")
+    matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)",
+                   [*TASKS, "input"], [(row[0], row[1:]) for row in rows],
+                   {(i, i) for i in range(len(TASKS))}, reference="last")
+    print(f"\nPSNR in dB, {len(images)} images, seed {args.seed}, {args.weights} weights. "
+          f"Picture: {path}")
 
 
-# ---- The paper's 19 test sets -------------------------------------------------------------------------
+# ---- The paper's 19 test sets --------------------------------------------------------------------
 
-# Published PSNR (Tables 3 and 4): sr, blur, noise, jpeg, rain, haze, dark, then the averages over the
-# In-Dis, Out-Dis and Unknown sets; None where the paper gives none.
+# Published PSNR (Tables 3 and 4): sr, blur, noise, jpeg, rain, haze, dark, then the averages over
+# the In-Dis, Out-Dis and Unknown sets; None where the paper gives none.
 ORDER = ("sr", "blur", "noise", "jpeg", "rain", "haze", "dark")
 PAPER = {
     ("srresnet", "M", None): (25.52, 30.01, 30.49, 32.46, 32.38, 25.57, 30.20, 29.52, 24.88, 18.02),
@@ -338,7 +357,8 @@ PAPER = {
     ("swinir", "M", "ap"): (25.40, 30.33, 30.22, 32.34, 33.77, 27.88, 33.20, 30.45, None, None),
     ("swinir", "S", "ap"): (26.04, 31.74, 31.40, 33.48, 36.94, 29.37, 34.99, 32.00, 26.86, 18.98),
 }
-_UNKNOWN = "DIV2K_valid_LR_difficult DIV2K_valid_LR_mild DIV2K_valid_LR_wild valid-input-noisy".split()
+_UNKNOWN = ("DIV2K_valid_LR_difficult", "DIV2K_valid_LR_mild", "DIV2K_valid_LR_wild",
+            "valid-input-noisy")
 TESTSETS = {  # name: (group, task or None, folder of LQ, folder of GT)
     **{t: ("In-Dis", t, f"single_indis/{t}", "original/GT") for t in ORDER},
     **{f"{t}_outbig": ("Out-Dis", t, f"single_outbig/{t}_outbig", "original/GT") for t in ORDER},
@@ -360,11 +380,12 @@ def match_pairs(lq_folder, gt_folder):
         return pairs
     if len(lqs) == len(gts):
         return list(zip(lqs, gts))
-    raise ValueError(f"{lq_folder}: {len(lqs)} images can't be paired with the {len(gts)} of {gt_folder}, by name or by order")
+    raise ValueError(f"{lq_folder}: {len(lqs)} images can't be paired with the {len(gts)} of "
+                     f"{gt_folder}, by name or by order")
 
 
 def schedule_of(args, info):
-    """"M" or "S": from our checkpoint's stages, or from a published file's name, as in Restormer_S_EP."""
+    """"M" or "S": from our checkpoint's stages, or a published file's name, as Restormer_S_EP."""
     if not info["published"]:
         return "S" if len(info["facts"]["periods"]) > 1 else "M"
     found = re.search(r"[_-]([MS])(?=[_.-])", Path(args.checkpoint).name)
@@ -378,7 +399,8 @@ def testsets(args, model, info, device):
         raise ValueError(f"--testsets {root}: no such folder")
     present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
     if not present:
-        raise ValueError(f"--testsets {root}: none of the published folders, such as single_indis/rain or original/GT")
+        raise ValueError(f"--testsets {root}: none of the published folders, "
+                         "such as single_indis/rain or original/GT")
     missing = [name for name in TESTSETS if name not in present]
     if missing:
         print(f"not there, left out: {', '.join(missing)}", file=sys.stderr)
@@ -394,35 +416,41 @@ def testsets(args, model, info, device):
             lq, gt = to_tensor(read_image(lq_path)), read_image(gt_path)
             named = classify(classifier, lq, device)[0] if ask else task
             if named is None and model.prompt == "ep":
-                raise ValueError(f"{name}: nobody knows this set's degradation; leave --oracle out, so that the "
-                                 "classifier chooses the prompt")
-            h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))  # an LQ may lack the GT's last rows
+                raise ValueError(f"{name}: nobody knows this set's degradation; "
+                                 "leave --oracle out, so that the classifier chooses the prompt")
+            h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))  # an LQ may lack the last rows
             y = restored(model, lq, named, device, args.tile or auto_tile(lq))
             values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
         scores[name] = np.mean(values, 0).tolist()
-        print(f"  {name}: {scores[name][0]:.2f} dB over {len(values)} images, {time.monotonic() - start:.0f} s so far",
-              file=sys.stderr)
-    rows = [[name, *_beside(scores[name][0], paper_of.get(name)), f"{scores[name][1]:.4f}"] for name in present]
+        print(f"  {name}: {scores[name][0]:.2f} dB over {len(values)} images, "
+              f"{time.monotonic() - start:.0f} s so far", file=sys.stderr)
+    rows = [[name, *_beside(scores[name][0], paper_of.get(name)), f"{scores[name][1]:.4f}"]
+            for name in present]
     for group in ("In-Dis", "Out-Dis", "Unknown"):
         members = [scores[name] for name in present if TESTSETS[name][0] == group]
         if members:
             scores[group] = np.mean(members, 0).tolist()
             complete = len(members) == sum(g == group for g, *_ in TESTSETS.values())
-            rows.append([f"{group} average", *_beside(scores[group][0], paper_of[group] if complete else None),
+            rows.append([f"{group} average",
+                         *_beside(scores[group][0], paper_of[group] if complete else None),
                          f"{scores[group][1]:.4f}"])
     convention = (f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, "
-                  + ("no prompt" if model.prompt is None else "adaptive prompt" if model.prompt == "ap" else
-                     "true task told (--oracle)" if args.oracle else "prompts chosen by the classifier"))
+                  + ("no prompt" if model.prompt is None
+                     else "adaptive prompt" if model.prompt == "ap"
+                     else "true task told (--oracle)" if args.oracle
+                     else "prompts chosen by the classifier"))
     print(markdown(["set", "PSNR", "paper", "difference", "SSIM"], rows) + f"\n\n{convention}")
     report = Path(args.output or Path(args.checkpoint).with_suffix(".testsets.json"))
-    report.write_text(json.dumps({"checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
-                                  "psnr": {k: v[0] for k, v in scores.items()}, "ssim": {k: v[1] for k, v in scores.items()},
-                                  "paper": {k: v for k, v in paper_of.items() if v is not None}}, indent=1))
+    report.write_text(json.dumps({
+        "checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
+        "psnr": {k: v[0] for k, v in scores.items()}, "ssim": {k: v[1] for k, v in scores.items()},
+        "paper": {k: v for k, v in paper_of.items() if v is not None}}, indent=1))
     print(f"JSON: {report}")
     if args.expect is not None:
         got = scores.get("In-Dis", [float("nan")])[0]
         if not abs(got - args.expect) <= args.tolerance:
-            sys.exit(f"eval.py: expected an In-Dis average of {args.expect:g} +- {args.tolerance:g} dB, got {got:.2f}")
+            sys.exit(f"eval.py: expected an In-Dis average of {args.expect:g} "
+                     f"+- {args.tolerance:g} dB, got {got:.2f}")
         print(f"In-Dis average {got:.2f} dB: as expected")
 
 
@@ -430,9 +458,10 @@ def _beside(ours, paper):
     return (ours, "" if paper is None else paper, "" if paper is None else f"{ours - paper:+.2f}")
 
 
-# ---- Restoring one's own pictures ---------------------------------------------------------------------
+# ---- Restoring one's own pictures ----------------------------------------------------------------
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP",
+           ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
 
 
 def restore_picture(source, target, args, model, classifier, device):
@@ -446,7 +475,8 @@ def restore_picture(source, target, args, model, classifier, device):
     if classifier is not None:
         name, confidence = classify(classifier, x, device)
         notes.append(f"task {name}, {100 * confidence:.0f} % sure"
-                     + ("" if confidence > 0.6 else " - low: look at it, or name the task with --task"))
+                     + ("" if confidence > 0.6
+                        else " - low: look at it, or name the task with --task"))
     task = parse_task(name) if model.prompt == "ep" else None
     tile = args.tile or auto_tile(x)
     if tile:
@@ -455,19 +485,19 @@ def restore_picture(source, target, args, model, classifier, device):
     save_picture(target, y, picture)
     if args.compare:
         strip = target.with_name(target.stem + "_compare.png")
-        strip_picture(strip, ["before", "after"], [("", [rgb, y])], edge=min(max(rgb.shape[:2]), 1200))
+        strip_picture(strip, ["before", "after"], [("", [rgb, y])], min(max(rgb.shape[:2]), 1200))
     return ", ".join([f"{source} -> {target}", f"{y.shape[1]} x {y.shape[0]}", *notes])
 
 
 def save_picture(target, rgb, like):
-    """Writes what `like` was: grey stays grey, alpha and ICC profile are kept. Whole, or not at all."""
+    """Writes what `like` was: grey stays grey, alpha and ICC profile stay. Whole or not at all."""
     out, bands = Image.fromarray(rgb), like.getbands()
     if bands[0] in ("1", "L", "I", "F"):
         out = out.convert("L")
     kind = FORMATS[target.suffix.lower()]
     if "A" in bands and kind != "JPEG" and kind != "BMP":
         out.putalpha(like.getchannel("A"))
-    profile = like.info.get("icc_profile") if "C" not in bands else None  # a CMYK profile fits no RGB
+    profile = like.info.get("icc_profile") if "C" not in bands else None  # CMYK's fits no RGB
     unfinished = target.with_name(f".{hashlib.sha256(str(target).encode()).hexdigest()[:16]}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -485,7 +515,8 @@ def restore_pictures(args, model, device):
     """--input FILE or DIR. A folder goes on after a bad file, names it, and the exit code is 1."""
     source = Path(args.input)
     if args.task is None and model.prompt == "ep" and not (args.classifier or CLASSIFIER.exists()):
-        raise ValueError(f"this model wants to know the task: add --task with one of {', '.join(TASKS)}")
+        raise ValueError("this model wants to know the task: "
+                         f"add --task with one of {', '.join(TASKS)}")
     auto = model.prompt == "ep" and args.task in (None, "auto")
     classifier = load_classifier(args.classifier, device) if auto else None
     if args.task not in (None, "auto"):
@@ -502,7 +533,8 @@ def restore_pictures(args, model, device):
     files, bad, start = list_images([source]), [], time.monotonic()
     for count, path in enumerate(files, 1):
         try:
-            said = restore_picture(path, Path(args.output) / path.relative_to(source), args, model, classifier, device)
+            target = Path(args.output) / path.relative_to(source)
+            said = restore_picture(path, target, args, model, classifier, device)
             left = (time.monotonic() - start) / count * (len(files) - count)
             print(f"{count}/{len(files)} {said} | {left:.0f} s left", flush=True)
         except ValueError as error:
@@ -518,21 +550,24 @@ def interpolate(args, model, device):
     """A strip from one task's prompt to another's: --interpolate noise,jpeg --steps 5."""
     names = args.interpolate.split(",")
     if model.prompt != "ep" or len(names) != 2 or not args.input or args.steps < 2:
-        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE and --steps of at least 2")
+        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE "
+                         "and --steps of at least 2")
     first, second = map(parse_task, names)
     x = to_tensor(read_image(args.input))
     shares = [k / (args.steps - 1) for k in range(args.steps)]
-    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(x)) for s in shares]
+    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(x))
+              for s in shares]
     path = Path(args.output or "interpolation.png")
     strip_picture(path, ["input", *(f"{names[0]} {1 - s:.2f} {names[1]} {s:.2f}" for s in shares)],
                   [("", [to_image(x), *images])])
     print(f"picture: {path}")
 
 
-# ---- The command line -----------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"eval.py: {message} (see python eval.py --help)")
     add = parser.add_argument
     add("checkpoint", help="a file written by train.py, or one published with the paper")
@@ -540,20 +575,26 @@ def arguments(argv):
     add("--depth", metavar="DIR", help="depth maps of --images, for haze")
     add("--seed", type=int, default=0, help="of the degradations")
     add("--testsets", metavar="DIR", help="evaluate on the published test sets in this folder")
-    add("--oracle", action="store_true", help="with --testsets: tell the true task, don't ask the classifier")
-    add("--expect", type=float, metavar="DB", help="with --testsets: fail unless the In-Dis average is this")
+    add("--oracle", action="store_true",
+        help="with --testsets: tell the true task, don't ask the classifier")
+    add("--expect", type=float, metavar="DB",
+        help="with --testsets: fail unless the In-Dis average is this")
     add("--tolerance", type=float, default=0.05, metavar="DB")
-    add("--prompt-matrix", action="store_true", help="each task's images with each of the seven prompts")
-    add("--interpolate", metavar="A,B", help="with --input: a strip from task A's prompt to task B's")
+    add("--prompt-matrix", action="store_true",
+        help="each task's images with each of the seven prompts")
+    add("--interpolate", metavar="A,B",
+        help="with --input: a strip from task A's prompt to task B's")
     add("--steps", type=int, default=5, help="pictures in that strip")
     add("--input", metavar="PATH", help="a picture, or a folder of pictures, to restore")
     add("--output", metavar="PATH", help="where the result goes")
     add("--task", help="auto (the classifier decides), a task, or a mixture noise:0.7,jpeg:0.3")
-    add("--classifier", metavar="FILE", help="task classifier for auto (default: the one in assets/)")
+    add("--classifier", metavar="FILE",
+        help="task classifier for auto (default: the one in assets/)")
     add("--compare", action="store_true", help="also write before/after pictures")
     add("--tile", type=int, metavar="N", help="tiles of N pixels (default: by the picture's size)")
     add("--overwrite", action="store_true", help="replace existing output")
-    add("--max-pixels", type=int, metavar="N", help="accept pictures of up to N pixels (default: pillow's limit)")
+    add("--max-pixels", type=int, metavar="N",
+        help="accept pictures of up to N pixels (default: pillow's limit)")
     add("--weights", choices=("raw", "ema"), default="raw", help="raw: as the paper does")
     add("--prompts", metavar="NPY", help="type7.npy, for a published 'ep' checkpoint")
     args = parser.parse_args(argv)
@@ -573,11 +614,14 @@ def run(args):
     if args.max_pixels:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, info = load_model(args.checkpoint, args.weights, device, args.prompts and read_prompts(args.prompts))
+    model, info = load_model(args.checkpoint, args.weights, device,
+                             args.prompts and read_prompts(args.prompts))
     if isinstance(model, TaskClassifier):
-        raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; give it as --classifier")
+        raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
+                         "give it as --classifier")
     name = f"{info['arch']}{'-' + info['prompt'].upper() if info['prompt'] else ''}"
-    print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.weights} weights, on {device}")
+    print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{args.weights} weights, on {device}")
     if args.interpolate:
         interpolate(args, model, device)
     elif args.input:

@@ -4,6 +4,8 @@
     python tests/bench.py networks --arch swinir --size 128
     python tests/bench.py memory                     # activation memory of a training step, with --checkpointing
     python tests/bench.py data                       # crops/s from PNG files and from the cache; degradation
+    python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
+    python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
 
 "Transcription" means the published layers written down as they stand: attention by explicit softmax
 matrices, layer norm by mean and variance over rearranged tokens, a shift mask made anew in every block,
@@ -24,8 +26,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
-from eval import markdown  # noqa: E402
-from mioir import ARCHS, TASKS, build_model, recompute_blocks  # noqa: E402
+from eval import markdown, psnr  # noqa: E402
+from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
 from train import peak_memory  # noqa: E402
 
 
@@ -215,9 +217,47 @@ def data(args, device):
         print(markdown(["crops/s of 128 x 128, batch of 128", "drawn", "degraded", "both"], rows))
 
 
+# ---- Tiles --------------------------------------------------------------------------------------------
+
+def pixels(args, device):
+    """How long the paper's sizes take for a megapixel, from one of 512 x 512 (a tile of eval.py)."""
+    rows = []
+    for arch in args.arch:
+        model = build_model(arch, None if arch == "promptir" else "ep").to(device).eval()
+        task = torch.zeros(1, dtype=torch.long, device=device)
+        x = torch.rand(1, 3, 512, 512, device=device)
+        took = seconds(lambda: restore(model, x, task), device)
+        rows.append([arch, f"{took * 2 ** 20 / 512 ** 2:.0f}"])
+        print(rows[-1], flush=True)
+    print(markdown(["paper's size", "s per megapixel"], rows))
+
+
+def tiles(args, device):
+    """Each model restores the same images whole and in tiles; PSNR between the two, and of each to the truth."""
+    images = [degrade.dead_leaves(768, 1024, degrade.seeded("tiles", k)) for k in range(2)]
+    rows = []
+    for path in args.checkpoints:
+        model, info = mioir.load_model(path, device=device)
+        for task, examples in degrade.validation_pairs(images).items():
+            if task in ("noise", "rain", "haze"):
+                row = torch.tensor([TASKS.index(task)], device=device)
+                scores = []
+                for lq, gt in examples:
+                    whole, tiled = (degrade.to_image(restore(model, lq.to(device), row, tile)) for tile in (None, 512))
+                    gt = degrade.to_image(gt)
+                    scores.append((min(psnr(tiled, whole), 99.0), psnr(whole, gt), psnr(tiled, gt)))
+                between, of_whole, of_tiled = np.mean(scores, 0)
+                rows.append([f"{info['arch']} {info['prompt'] or ''}", task, f"{between:.1f}", f"{of_whole:.2f}",
+                             f"{of_tiled:.2f}", f"{of_tiled - of_whole:+.3f}"])
+                print(rows[-1], flush=True)
+    print(markdown(["1024 x 768, tiles of 512", "images", "tiled to whole, dB", "whole to truth", "tiled to truth",
+                    "difference"], rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("networks", "memory", "data"))
+    parser.add_argument("what", choices=("networks", "memory", "data", "pixels", "tiles"))
+    parser.add_argument("checkpoints", nargs="*", help="for tiles")
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--size", type=int, default=128, help="edge of the training crop")
     parser.add_argument("--batch", type=int, default=1)
@@ -228,7 +268,8 @@ def main():
     device = torch.device(args.device)
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, "
           f"{torch.get_num_threads()} threads")
-    {"networks": networks, "memory": memory_child if args.child else memory, "data": data}[args.what](args, device)
+    {"networks": networks, "memory": memory_child if args.child else memory, "data": data, "pixels": pixels,
+     "tiles": tiles}[args.what](args, device)
 
 
 if __name__ == "__main__":
