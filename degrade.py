@@ -11,7 +11,9 @@ Source: paper, Section 4.1 and the published data_script/add_MiO_train_degradati
 (OpenCV, DiffJPEG).
 """
 import argparse
+import contextlib
 import csv
+import functools
 import hashlib
 import math
 import os
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional as F
 
 from mioir import TASKS, reflect_pad
@@ -493,6 +495,19 @@ def to_image(x):
     return (x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A name to write to, which becomes `path` when all is written, and vanishes otherwise."""
+    path = Path(path)
+    name = hashlib.sha256(f"{path.name} {os.getpid()}".encode()).hexdigest()[:16]
+    unfinished = path.with_name(f".{name}.tmp")                  # short, however long path.name is
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def list_images(folders):
     """All images below the folders, sorted. Raises ValueError for no images or a missing folder."""
     files = []
@@ -555,30 +570,39 @@ def _make_photo(path, depth_path):
 
 def _store(maker, arguments, target):
     """Runs maker(*arguments) -> (image, depth or None) and stores both, whole or not at all."""
-    torch.set_num_threads(1)           # one core each: there are as many of us as cores
     try:
         image, depth = maker(*arguments)
     except ValueError as error:
         return str(error)
     for array, suffix in ((depth, ".depth.npy"), (image, ".npy")):                # the image last
         if array is not None:
-            unfinished = f"{target}.{os.getpid()}.tmp"
-            with open(unfinished, "wb") as file:
+            with whole_file(f"{target}{suffix}") as unfinished, open(unfinished, "wb") as file:
                 np.save(file, array)
-            os.replace(unfinished, f"{target}{suffix}")
     return None
 
 
-def _stored_bytes(item):
-    """What an item will take on the disk; for a photo, from its file's head."""
-    _, maker, arguments = item
+def processes(count):
+    """A pool of processes, one core each; spawned, so whatever runs here does not disturb them."""
+    return ProcessPoolExecutor(count, torch.multiprocessing.get_context("spawn"),
+                               torch.set_num_threads, (1,))
+
+
+def _head_size(maker, arguments):
+    """(height, width) of an item before it is decoded, from the file's head; (0, 0): unreadable."""
     if maker is _make_leaves:
-        return 7 * arguments[0] ** 2                   # 3 bytes of colour and 4 of depth a pixel
+        return arguments[0], arguments[0]
     try:
         with Image.open(arguments[0]) as image:
-            return 3 * image.width * image.height
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5       # on its side
+            return image.size if lies else image.size[::-1]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 0                                       # it will be named when it is decoded
+        return 0, 0                                    # it will be named when it is decoded
+
+
+def _stored_bytes(item):
+    """What an item will take on the disk: 3 bytes of colour a pixel, and 4 of depth for leaves."""
+    height, width = _head_size(*item[1:])
+    return height * width * (7 if item[1] is _make_leaves else 3)
 
 
 class ImageCache:
@@ -587,25 +611,27 @@ class ImageCache:
     items: (name, maker, arguments); the name changes when the content would (see photo_items,
     leaf_items), so that a file that exists is right, and building goes on where it was interrupted.
     """
+    share = 1                          # samples in a row that are cut from the same image
 
     def __init__(self, folder, items, minimum, say=print):
         self.folder = Path(folder)
-        self.names = [name for name, _, _ in items]
         bad = self._build(items, say)
-        self.sizes = {name: np.load(self._path(name), mmap_mode="r").shape[:2]
-                      for name in self.names if name not in bad}
+        self.sizes = {item[0]: self._size(item) for item in items if item[0] not in bad}
         for name, maker, arguments in items:
             if name in self.sizes and min(self.sizes[name]) < minimum:
                 h, w = self.sizes.pop(name)
                 bad[name] = f"{arguments[0]}: {w} x {h} pixels, smaller than the crop of {minimum}"
         for reason in bad.values():
             say(f"skipped {reason}")
-        self.names = [name for name in self.names if name in self.sizes]
+        self.names = list(self.sizes)
         if not self.names:
             raise ValueError(f"no usable image among {len(items)}: {next(iter(bad.values()))}")
 
     def _path(self, name, suffix=".npy"):
         return self.folder / f"{name}{suffix}"
+
+    def _size(self, item):
+        return np.load(self._path(item[0]), mmap_mode="r").shape[:2]
 
     def _build(self, items, say):
         """Makes what is missing, in parallel if there is much of it. Returns {name: why not}."""
@@ -626,13 +652,10 @@ class ImageCache:
             if count % step == 0:
                 say(f"preparing images: {count} of {len(todo)}")
         if workers < 2:
-            threads = torch.get_num_threads()
             for count, (name, job) in enumerate(zip(names, jobs), 1):
                 done(count, name, _store(*job))
-            torch.set_num_threads(threads)
             return bad
-        with ProcessPoolExecutor(workers,
-                                 mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        with processes(workers) as pool:
             futures = {pool.submit(_store, *job): name for name, job in zip(names, jobs)}
             for count, future in enumerate(as_completed(futures), 1):
                 done(count, futures[future], future.result())
@@ -644,10 +667,12 @@ class ImageCache:
     def size(self, k):
         return self.sizes[self.names[k]]
 
+    def image(self, k):
+        return np.load(self._path(self.names[k]), mmap_mode="r")
+
     def crop(self, k, top, left, edge):
         """(3,edge,edge) uint8, reflected where the image is smaller."""
-        image = np.load(self._path(self.names[k]), mmap_mode="r")
-        part = np.array(image[top:top + edge, left:left + edge])
+        part = np.array(self.image(k)[top:top + edge, left:left + edge])
         pad = [(0, edge - s) for s in part.shape[:2]] + [(0, 0)]
         return torch.from_numpy(np.pad(part, pad, mode="reflect")).permute(2, 0, 1)
 
@@ -655,6 +680,32 @@ class ImageCache:
         """(1,1,h,w) float32, or None if the image came without."""
         path = self._path(self.names[k], ".depth.npy")
         return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
+
+
+class ImageFiles(ImageCache):
+    """The same without a cache: slow, so 16 samples in a row share a decoded image."""
+    share = 16
+
+    def _build(self, items, say):
+        """Looks at the heads of the files alone. A torn file stops the run, which names it."""
+        self.makers = {name: (maker, arguments) for name, maker, arguments in items}
+        return {name: f"{arguments[0]}: not a readable image" for name, maker, arguments in items
+                if not _stored_bytes((name, maker, arguments))}
+
+    def _size(self, item):
+        return _head_size(*item[1:])
+
+    def image(self, k):
+        return _decoded(*self.makers[self.names[k]])[0]
+
+    def depth(self, k):
+        depth = _decoded(*self.makers[self.names[k]])[1]
+        return None if depth is None else torch.from_numpy(depth)[None, None]
+
+
+@functools.lru_cache(maxsize=2)
+def _decoded(maker, arguments):
+    return maker(*arguments)
 
 
 def photo_items(folders, depth_folder=None):
@@ -697,7 +748,8 @@ def sample(source, tasks, crop, seed, stage, iteration, i, batch):
     def below(n):
         return int(torch.randint(n, (1,), generator=g))
     task = task_of(tasks, iteration, i, batch)
-    k, edge = below(len(source)), crop + MARGIN
+    chooser = seeded(seed, stage, "image", (iteration * batch + i) // source.share)
+    k, edge = int(torch.randint(len(source), (1,), generator=chooser)), crop + MARGIN
     h, w = source.size(k)
     top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
     item = {"task": task, "canvas": source.crop(k, top, left, edge),
@@ -756,7 +808,6 @@ def validation_pairs(images, split="in", seed=0):
 
 def _test_images(path, name, depth_path, out, split, seed):
     """Writes one image's degraded versions that are not there yet. Returns rows of params.csv."""
-    torch.set_num_threads(1)
     try:
         x = to_tensor(read_image(path))
         depth = None if depth_path is None else torch.from_numpy(read_depth(depth_path))[None, None]
@@ -789,12 +840,8 @@ def write_image(path, image):
     """Writes a PNG whole or not at all, and leaves one that is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(path) as unfinished:
             Image.fromarray(image).save(unfinished, format="PNG")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
@@ -816,8 +863,7 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     out.mkdir(parents=True, exist_ok=True)
     plan.write_text(settings + "\n")                       # begun; the rows follow when all is done
     results, start = {}, time.monotonic()
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(files)),
-                             mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+    with processes(min(os.cpu_count() or 1, len(files))) as pool:
         futures = {pool.submit(_test_images, path, names[path], depth, out, split, seed): path
                    for path, depth in files.items()}
         for count, future in enumerate(as_completed(futures), 1):
@@ -826,14 +872,13 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
             say(f"{count}/{len(files)} {futures[future].name} | {rate:.2f} images/s | "
                 f"{(len(files) - count) / rate:.0f} s left")
     bad = [result for result in results.values() if isinstance(result, str)]
-    with open(f"{plan}.tmp", "w", newline="") as file:
+    with whole_file(plan) as unfinished, open(unfinished, "w", newline="") as file:
         file.write(settings + "\n")
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
         for path in files:
             if not isinstance(results[path], str):
                 writer.writerows(results[path])
-    os.replace(f"{plan}.tmp", plan)
     for reason in bad:
         say(f"skipped {reason}")
     say(f"{out}: {len(files) - len(bad)} images in {time.monotonic() - start:.0f} s; "

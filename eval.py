@@ -11,9 +11,7 @@ cut, averaged over the images of a set; raw weights, not EMA.
 Source: paper, Section 5.1, and BasicSR.
 """
 import argparse
-import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -25,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from degrade import (builtin_images, find_depths, list_images, open_image, read_depth, read_image,
-                     to_image, to_rgb, to_tensor, validation_pairs)
+                     to_image, to_rgb, to_tensor, validation_pairs, whole_file)
 from mioir import TASKS, TaskClassifier, load_model, restore
 
 
@@ -81,15 +79,16 @@ def mean_psnr(model, pairs, device):
     return scores
 
 
-@torch.no_grad()
 def confusion(classifier, pairs, device):
     """Returns ({task: accuracy in %}, 7 rows of counts: true task x named task)."""
     classifier.eval()
     matrix = np.zeros((len(TASKS), len(TASKS)), int)
     for task, examples in pairs.items():
         for lq, _ in examples:
-            matrix[TASKS.index(task), classifier(lq.to(device)).argmax().item()] += 1
-    accuracy = {task: 100 * matrix[i, i] / matrix[i].sum() for i, task in enumerate(TASKS)}
+            named, _ = classify(classifier, lq, device)
+            matrix[TASKS.index(task), TASKS.index(named)] += 1
+    accuracy = {task: 100 * matrix[i, i] / len(pairs[task])
+                for i, task in enumerate(TASKS) if task in pairs}
     return accuracy, matrix.tolist()
 
 
@@ -338,6 +337,25 @@ def prompt_matrix(args, model, device):
           f"Picture: {path}")
 
 
+def confusion_text(accuracy, matrix):
+    """The confusion matrix of a task classifier as a table, and its accuracy."""
+    rows = [[task, *counts] for task, counts in zip(TASKS, matrix)]
+    return (markdown(["true task \\ named as, images", *TASKS], rows)
+            + f"\n\naccuracy {np.mean(list(accuracy.values())):.1f} % on held-out images")
+
+
+def classifier_table(args, classifier, device):
+    """How often a task classifier names the task of degraded images."""
+    if args.input or args.testsets or args.prompt_matrix or args.interpolate:
+        raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
+                         "give it as --classifier")
+    images = load_images(args.images, args.depth) if args.images else builtin_images()
+    for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
+        pairs = validation_pairs(images, split, args.seed)
+        print(f"\n{title}, {len(images)} images, seed {args.seed}\n")
+        print(confusion_text(*confusion(classifier, pairs, device)))
+
+
 # ---- The paper's 19 test sets --------------------------------------------------------------------
 
 # Published PSNR (Tables 3 and 4): sr, blur, noise, jpeg, rain, haze, dark, then the averages over
@@ -498,17 +516,14 @@ def save_picture(target, rgb, like):
     if "A" in bands and kind != "JPEG" and kind != "BMP":
         out.putalpha(like.getchannel("A"))
     profile = like.info.get("icc_profile") if "C" not in bands else None  # CMYK's fits no RGB
-    unfinished = target.with_name(f".{hashlib.sha256(str(target).encode()).hexdigest()[:16]}.tmp")
+    options = {"icc_profile": profile} if profile else {}
+    options |= {"quality": 95} if kind in ("JPEG", "WEBP") else {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        out.save(unfinished, format=kind, **({"icc_profile": profile} if profile else {}),
-                 **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
-        os.replace(unfinished, target)
+        with whole_file(target) as unfinished:
+            out.save(unfinished, format=kind, **options)
     except OSError as error:
         raise ValueError(f"{target}: not written ({error.strerror or error})") from None
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
 
 
 def restore_pictures(args, model, device):
@@ -617,8 +632,7 @@ def run(args):
     model, info = load_model(args.checkpoint, args.weights, device,
                              args.prompts and read_prompts(args.prompts))
     if isinstance(model, TaskClassifier):
-        raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
-                         "give it as --classifier")
+        return classifier_table(args, model, device)
     name = f"{info['arch']}{'-' + info['prompt'].upper() if info['prompt'] else ''}"
     print(f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.weights} weights, on {device}")

@@ -106,11 +106,13 @@ def unmodulated(site, f):
     return f
 
 
-def random_prompts(seed=0):
-    """Seven fixed prompt images, uniform in [0,1): (7,128,128). What they show is arbitrary; that
-    they differ is enough. The published ones are a file, type7.npy; load_official takes it."""
+def random_prompts(seed=0, grain=1):
+    """Seven fixed prompt images, uniform in [0,1): (7,128,128). What they show is arbitrary, that
+    they differ is enough: in squares of `grain` pixels by more, which helps runs of minutes only.
+    The published ones are a file, type7.npy; load_official takes it."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(len(TASKS), 128, 128, generator=generator, device="cpu")
+    prompts = torch.rand(len(TASKS), 128 // grain, 128 // grain, generator=generator, device="cpu")
+    return prompts.repeat_interleave(grain, 1).repeat_interleave(grain, 2)
 
 
 class Backbone(nn.Module):

@@ -3,13 +3,13 @@
     python train.py --arch restormer --seq --prompt --preset demo     # minutes on two CPU cores
     python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe, on a GPU
     python train.py --arch restormer --seq --prompt --data DF2K --resume    # go on where it stopped
-    torchrun --nproc_per_node 2 train.py --arch swinir --prompt ap --data DF2K  # two GPUs, the same run
+    torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K  # two GPUs, the same run
     python train.py --arch classifier --data DF2K                   # names the task for "ep" models
     python train.py --arch restormer --seq --prompt --print-plan      # what would run
 
-One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file per
-stage, log.jsonl (a JSON object a line), table.md and table.png (PSNR on a fixed validation set, stage x
-task), curves.png and strips.png.
+One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file
+per stage, log.jsonl (a JSON object a line), table.md and table.png (PSNR on a fixed validation set,
+stage x task), curves.png and strips.png.
 Source: paper, Sections 3.2 and 4.1; the published options/*.yml; BasicSR's training loop.
 """
 import argparse
@@ -32,50 +32,55 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from degrade import (ImageCache, builtin_images, leaf_items, make_batch, photo_items, sample, seeded, task_of,
-                     to_image, validation_pairs)
-from eval import confusion, curves_picture, markdown, matrix_picture, mean_psnr, psnr, task_strips
-from mioir import ARCHS, TASKS, TaskClassifier, build_model, recompute_blocks
+from degrade import (ImageCache, ImageFiles, builtin_images, leaf_items, make_batch, photo_items,
+                     sample, seeded, task_of, to_image, validation_pairs)
+from eval import (confusion, confusion_text, curves_picture, markdown, matrix_picture, mean_psnr,
+                  psnr, task_strips)
+from mioir import ARCHS, TASKS, TaskClassifier, build_model, random_prompts, recompute_blocks
 
 # ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
 
 LETTERS = {"s": "sr", "b": "blur", "n": "noise", "j": "jpeg", "r": "rain", "h": "haze", "d": "dark"}
-_ADAM = dict(optimizer="Adam", weight_decay=0.0, lr=2e-4, betas=(0.9, 0.99), eta_min=1e-7, ema=0.999, crop=128)
+_ADAM = dict(optimizer="Adam", weight_decay=0.0, lr=2e-4, betas=(0.9, 0.99), eta_min=1e-7,
+             ema=0.999, crop=128)
 RECIPES = {
     "srresnet": dict(_ADAM, batch=16, period=250_000, order="sbnjrhd"),
     "swinir": dict(_ADAM, batch=8, period=100_000, order="sbnjrhd"),
     "restormer": dict(_ADAM, optimizer="AdamW", batch=8, period=100_000, order="rjbsnhd"),
-    "uformer": dict(_ADAM, optimizer="AdamW", weight_decay=0.02, eta_min=1e-6, batch=8, period=100_000,
-                    order="rjbsnhd"),
+    "uformer": dict(_ADAM, optimizer="AdamW", weight_decay=0.02, eta_min=1e-6, batch=8,
+                    period=100_000, order="rjbsnhd"),
     "promptir": dict(_ADAM, optimizer="AdamW", batch=8, period=100_000, order="rjbsnhd"),
     "classifier": dict(_ADAM, batch=32, crop=256, period=250_000, order="bnjrhds"),
 }
 LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier stages last one
-MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as many as sequential, 6 + 4
+MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequential has, 6 + 4
 
-# Presets change the recipe; SMALL shrinks the model. leaves, validate: (how many, edge) training images if
-# there is no --data, and validation images.
+# Presets change the recipe; SMALL shrinks the model. leaves, validate: (how many, edge) of training
+# images if there is no --data, and of validation images. prompt_grain: see mioir.random_prompts.
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1, prompt_width=32),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
     "classifier": dict(),
 }
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
-                 crop=32, period=130, ema=0.99, channels_last=True),
-    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48, period=1, ema=0.9),
+    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=(8, 128), lr=7e-4,
+                 eta_min=1e-6, batch=14, crop=32, period=155, ema=0.99, channels_last=True,
+                 prompt_grain=64),
+    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
+                  period=1, ema=0.9),
 }
-SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier wants to see more
-    ("demo", "uformer"): dict(crop=128, batch=7, period=40), ("smoke", "uformer"): dict(crop=128, period=1),
+SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier more to look at
+    ("demo", "uformer"): dict(crop=128, batch=7, period=40), ("smoke", "uformer"): dict(crop=128),
     ("demo", "classifier"): dict(crop=128, batch=28, period=700),
 }
 
 
 class Stage(NamedTuple):
+    """One step of the schedule."""
     tasks: tuple        # trained together, every one equally often
     periods: tuple      # iterations of each cosine period; the learning rate restarts at each
 
@@ -85,7 +90,7 @@ class Stage(NamedTuple):
 
 
 def stages(arch, seq=False, order=None, period=None):
-    """The schedule as a list. Mixed: one stage with all tasks. Sequential: stage k trains the first k tasks.
+    """The schedule, a list. Mixed: one stage, all tasks. Sequential: stage k trains the first k.
 
     order: letters of LETTERS, each at most once; the default is the paper's. period: iterations.
     Raises ValueError for letters that are unknown or repeated.
@@ -94,19 +99,21 @@ def stages(arch, seq=False, order=None, period=None):
     period = period or RECIPES[arch]["period"]
     unknown = [letter for letter in order if letter not in LETTERS]
     if unknown or len(set(order)) != len(order):
-        raise ValueError(f"--order {order}: {repr(unknown[0]) + ' is no task' if unknown else 'a task is repeated'};"
-                         f" use each of {', '.join(f'{k} ({v})' for k, v in LETTERS.items())} at most once")
+        fault = f"{unknown[0]!r} is no task" if unknown else "a task is repeated"
+        letters = ", ".join(f"{letter} ({task})" for letter, task in LETTERS.items())
+        raise ValueError(f"--order {order}: {fault}; use each of {letters} at most once")
     tasks = tuple(LETTERS[letter] for letter in order)
     if not seq:
         return [Stage(tasks, (period,) * MIXED.get(arch, 10))]
-    return [*(Stage(tasks[:k], (period,)) for k in range(1, len(tasks))), Stage(tasks, (period,) * LAST_STAGE)]
+    growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]
+    return [*growing, Stage(tasks, (period,) * LAST_STAGE)]
 
 
 def lr_at(iteration, periods, base_lr, eta_min):
-    """Learning rate of the 1-based iteration: cosine from base_lr to eta_min, restarting with each period.
+    """Learning rate of the 1-based iteration: cosine from base_lr to eta_min, anew in each period.
 
-    As published, the restart comes one iteration late: the first iteration of a later period still has
-    eta_min (BasicSR's CosineAnnealingRestartLR counts a period's end to the period itself).
+    As published, the restart comes one iteration late: the first iteration of a later period still
+    has eta_min (BasicSR's CosineAnnealingRestartLR counts a period's end to the period itself).
     """
     done, start = iteration - 1, 0
     for period in periods:
@@ -119,33 +126,37 @@ def lr_at(iteration, periods, base_lr, eta_min):
 # ---- The command line ----------------------------------------------------------------------------
 
 def option(default, text, **more):
+    """A field of Args: its default, its line in --help, and what else argparse should know."""
     return dataclasses.field(default=default, metadata=dict(help=text, **more))
 
 
 @dataclasses.dataclass
 class Args:
-    arch: str = option("restormer", f"{', '.join(ARCHS)}, or classifier", choices=(*ARCHS, "classifier"))
-    seq: bool = option(False, "sequential: add the tasks one after another (default: mixed, all at once)")
-    prompt: str = option(None, "tell the network the task: ep (explicit, what --prompt alone means) or ap (adaptive)",
+    """The command line, one field a flag."""
+    arch: str = option("restormer", f"{', '.join(ARCHS)}, or classifier", choices=tuple(RECIPES))
+    seq: bool = option(False, "sequential: one task more per stage (default: mixed, all at once)")
+    prompt: str = option(None, "tell the task: ep (explicit; also --prompt alone) or ap (adaptive)",
                          nargs="?", const="ep", choices=("ep", "ap"))
-    preset: str = option("paper", "paper; demo: minutes on 2 CPU cores; smoke: seconds", choices=tuple(PRESETS))
-    data: list = option(None, "folders of photos (default: dead leaves, made from the seed)", nargs="+", metavar="DIR")
-    depth: str = option(None, "folder of depth maps for the photos, matched by name, for haze", metavar="DIR")
-    leaves: int = option(None, "how many dead-leaves images (default: by preset; with --data none)", metavar="N")
+    preset: str = option("paper", "paper; demo: minutes on 2 CPU cores; smoke: seconds",
+                         choices=tuple(PRESETS))
+    data: list = option(None, "folders of photos (default: dead leaves, made from the seed)",
+                        nargs="+", metavar="DIR")
+    depth: str = option(None, "depth maps of the photos, matched by name, for haze", metavar="DIR")
+    leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
     seed: int = option(0, "of weights, images, crops and degradations")
-    out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)", metavar="DIR")
+    out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
     resume: bool = option(False, "go on from OUT/last.pt")
     print_plan: bool = option(False, "print the schedule and stop")
-    precision: str = option("fp32", "fp32 (the paper's), tf32 or bf16; what this machine computes in", metavar="KIND")
+    precision: str = option("fp32", "fp32 (the paper's), tf32 or bf16: numbers to compute in")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
-    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    accumulate: int = option(1, "split each batch into N parts, one after another: less memory", metavar="N")
-    workers: int = option(None, "processes that prepare samples (default: 8 with a GPU, else 0)", metavar="N")
-    cache: str = option(None, "where decoded images go (default: OUT/cache)", metavar="DIR")
-    save_every: int = option(None, "iterations between checkpoints (default: by preset)", metavar="N")
-    val_every: int = option(0, "iterations between validations within a stage (default: at its end only)", metavar="N")
+    checkpointing: bool = option(False, "recompute activations going back: less memory, more time")
+    accumulate: int = option(1, "split each batch into N parts, one after another: less memory")
+    workers: int = option(None, "processes that prepare samples (default: 8 with a GPU, else 0)")
+    cache: str = option(None, "where decoded images go (default: OUT/cache); none: decode anew")
+    save_every: int = option(None, "iterations between checkpoints (default: by preset)")
+    val_every: int = option(0, "iterations between validations (default: at a stage's end only)")
     device: str = option(None, "cuda or cpu (default: cuda if there is one)")
 
     @property
@@ -157,46 +168,54 @@ class Args:
 
     @property
     def name(self):
-        kind = () if self.arch == "classifier" else ("seq" if self.seq else "mixed", self.prompt or "plain")
-        return "-".join((self.arch, *kind, self.preset))
+        kind = ("seq" if self.seq else "mixed", self.prompt or "plain")
+        return "-".join((self.arch, *(() if self.arch == "classifier" else kind), self.preset))
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line as Args. Exits with one line where flags are unknown or contradict."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.error = lambda message: sys.exit(f"train.py: {message} (see python train.py --help)")
     for f in dataclasses.fields(Args):
-        kind = dict(action="store_true") if f.type is bool else dict(type=int if f.type is int else str, default=f.default)
+        kind = dict(action="store_true")
+        if f.type is not bool:
+            kind = dict(type=int if f.type is int else str, default=f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     if args.arch == "promptir" and args.prompt:
         parser.error("--arch promptir has prompts of its own; leave --prompt out")
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
-        parser.error("--arch classifier sees all tasks at once; leave --seq, --order and --prompt out")
+        parser.error("--arch classifier sees all tasks; leave --seq, --order and --prompt out")
     if args.precision == "fp16":
-        parser.error("--precision fp16 is not offered: SwinIR's activations overflow it; bf16 has the range and the speed")
+        parser.error("--precision fp16 is not offered: SwinIR's activations overflow it; bf16 has "
+                     "the range and the speed")
     if args.precision not in ("fp32", "tf32", "bf16"):
         parser.error(f"--precision {args.precision}: choose fp32, tf32 or bf16")
-    for name, low in (("accumulate", 1), ("leaves", 1), ("workers", 0), ("save_every", 1), ("val_every", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+    for name, low in dict(accumulate=1, leaves=1, workers=0, save_every=1, val_every=0).items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     args.out = args.out or f"runs/{args.name}"
     return args
 
 
 def print_plan(args):
     """The whole schedule as a table: what --print-plan shows."""
-    r = args.recipe
-    print(f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, weight decay {r['weight_decay']:g}, "
-          f"{'cross-entropy' if args.arch == 'classifier' else 'L1 loss'}, EMA {r['ema']:g}, total batch {r['batch']}, "
-          f"crop {r['crop']}, eta_min {r['eta_min']:g}, seed {args.seed}\n")
+    r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
+    print(f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
+          f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
+          f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n")
     rows = []
     for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"]), 1):
         rates = [lr_at(t, stage.periods, r["lr"], r["eta_min"])
                  for t in (1, stage.iterations // 2, stage.iterations)]
-        rows.append([k, " ".join(stage.tasks), f"{stage.iterations}", f"{len(stage.periods)} x {stage.periods[0]}",
-                     *(f"{lr:.3e}" for lr in rates)])
-    print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first", "lr middle", "lr last"], rows))
-    print(f"\ntotal: {sum(int(row[2]) for row in rows)} iterations; each stage starts with a fresh optimiser")
+        rows.append([k, " ".join(stage.tasks), stage.iterations,
+                     f"{len(stage.periods)} x {stage.periods[0]}", *(f"{lr:.3e}" for lr in rates)])
+    print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first",
+                    "lr middle", "lr last"], rows))
+    print(f"\ntotal: {sum(row[2] for row in rows)} iterations; "
+          "each stage starts with a fresh optimiser")
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
@@ -211,6 +230,8 @@ class Run:
             torch.manual_seed(args.seed)
             self.model = (TaskClassifier(**self.recipe["sizes"]) if args.arch == "classifier" else
                           build_model(args.arch, args.prompt, **self.recipe["sizes"])).to(device)
+        if args.prompt == "ep":
+            self.model.prompts.copy_(random_prompts(grain=self.recipe.get("prompt_grain", 1)))
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.stage, self.iteration = 0, 0                    # this stage, and iterations done in it
         self.table = []                                         # [(name, {task: PSNR}), ...]
@@ -218,9 +239,10 @@ class Run:
 
     def new_optimizer(self):
         """Fresh for each stage: what Adam has learned about earlier gradients is forgotten."""
-        self.optimizer = getattr(torch.optim, self.recipe["optimizer"])(
-            self.model.parameters(), lr=self.recipe["lr"], betas=self.recipe["betas"],
-            weight_decay=self.recipe["weight_decay"])
+        recipe, parameters = self.recipe, list(self.model.parameters())
+        self.optimizer = getattr(torch.optim, recipe["optimizer"])(
+            parameters, recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"],
+            fused=not parameters[0].is_meta)                     # one kernel for all parameters
 
     def identify(self, names):
         """Notes what must stay the same when the run goes on; names: of the images, in order."""
@@ -232,12 +254,13 @@ class Run:
                       **{key: self.recipe[key] for key in kept}}
 
     def save(self, keep=None):
-        """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: one more name."""
+        """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name."""
         last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
-        state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt, "sizes": self.recipe["sizes"],
-                 "raw": self.model.state_dict(), "ema": self.ema.state_dict(), "facts": self.facts,
-                 "optimizer": self.optimizer.state_dict(), "stage": self.stage, "iteration": self.iteration,
-                 "table": self.table}
+        state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt,
+                 "sizes": self.recipe["sizes"], "facts": self.facts, "table": self.table,
+                 "raw": self.model.state_dict(), "ema": self.ema.state_dict(),
+                 "optimizer": self.optimizer.state_dict(),
+                 "stage": self.stage, "iteration": self.iteration}
         try:
             with open(unfinished, "wb") as file:
                 torch.save(state, file)
@@ -254,11 +277,13 @@ class Run:
             raise ValueError(f"{last}: not saved ({reason}); {self.last_good()}") from None
 
     def last_good(self):
-        where = next((p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()), None)
-        return f"{where} is unharmed; make room and add --resume" if where else "no checkpoint was written yet"
+        """What to go on from after a fault, in words."""
+        found = [p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()]
+        return (f"{found[0]} is unharmed; make room and add --resume" if found else
+                "no checkpoint was written yet")
 
     def load(self, say):
-        """Goes on from last.pt, or from previous.pt if the newest is torn. Refuses another recipe."""
+        """Goes on from last.pt, or previous.pt if the newest is torn. Refuses another recipe."""
         found = [p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()]
         for path in found:
             try:
@@ -295,29 +320,34 @@ def copy_or_link(source, target):
 # ---- One iteration -------------------------------------------------------------------------------
 
 class Machine:
-    """Where a run computes: the device, this process's rank among `world`, and how fast a way it takes.
-    None of it changes what is computed, but for rounding."""
+    """Where a run computes: the device, this process's rank among `world`, and how fast a way it
+    takes. None of it changes what is computed, but for rounding."""
 
     def __init__(self, args):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device {kind}: this machine has {'cuda and ' * torch.cuda.is_available()}cpu")
-        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+        cuda = torch.cuda.is_available()
+        kind = args.device or ("cuda" if cuda else "cpu")
+        if kind not in ("cpu", "cuda") or kind == "cuda" and not cuda:
+            raise ValueError(f"--device {kind}: this machine has {'cuda and ' * cuda}cpu")
+        number = os.environ.get("LOCAL_RANK", 0)
+        self.device = torch.device(f"cuda:{number}" if kind == "cuda" else "cpu")
         self.parts, self.args = args.accumulate, args
         self.channels_last = args.channels_last or args.recipe.get("channels_last", False)
         if args.recipe["batch"] % (self.world * self.parts):
-            raise ValueError(f"a total batch of {args.recipe['batch']} can't be split among {self.world} processes "
-                             f"x --accumulate {self.parts}; choose numbers that divide it")
+            raise ValueError(f"a total batch of {args.recipe['batch']} can't be split among "
+                             f"{self.world} processes x --accumulate {self.parts}; "
+                             "choose numbers that divide it")
         if self.world > 1:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+        tf32 = args.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.deterministic = True               # the same bits every time
 
     def share(self, batch):
         """Which samples of a batch are this process's: a list of parts, each a range."""
         size = batch // (self.world * self.parts)
-        return [range(size * k, size * (k + 1)) for k in range(self.rank * self.parts, (self.rank + 1) * self.parts)]
+        first = self.rank * self.parts
+        return [range(size * k, size * (k + 1)) for k in range(first, first + self.parts)]
 
     def wrap(self, model):
         """The model as it is called in training."""
@@ -331,8 +361,9 @@ class Machine:
         return torch.compile(net) if self.args.compile else net
 
     def autocast(self):
-        bf16 = self.args.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        if self.args.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def gather(self, values):
         """Adds up a tensor over all processes."""
@@ -343,8 +374,9 @@ class Machine:
 
 def loss_per_image(net, lq, gt, task):
     """(N,): L1, the paper's only loss; for the classifier, cross-entropy."""
-    y = net(lq, task) if gt is not None else net(lq)
-    return F.cross_entropy(y, task, reduction="none") if gt is None else (y - gt).abs().mean((1, 2, 3))
+    if gt is None:
+        return F.cross_entropy(net(lq), task, reduction="none")
+    return (net(lq, task) - gt).abs().mean((1, 2, 3))
 
 
 @torch.no_grad()
@@ -377,7 +409,8 @@ def step(run, net, parts, lr, machine, stop=False):
     losses = machine.gather(losses)
     if not losses.is_meta and not losses.isfinite().all():
         raise FloatingPointError(int((~losses.isfinite()).nonzero()[0]))
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     run.optimizer.step()
     update_ema(run.ema, run.model, run.recipe["ema"])
     return losses[:-1], norm, losses[-1] > 0
@@ -386,17 +419,18 @@ def step(run, net, parts, lr, machine, stop=False):
 # ---- The loop ------------------------------------------------------------------------------------
 
 class Stream(torch.utils.data.Dataset):
-    """Iteration t -> this process's samples. What they are depends on (seed, stage, t) alone, so any
-    worker may make them, and a resumed run sees what the uninterrupted one would have seen."""
+    """Iteration t -> this process's samples. What they are depends on (seed, stage, t) alone, so
+    any worker may make them, and a resumed run sees what the uninterrupted one would have seen."""
 
     def __init__(self, run, source, machine):
-        self.source, self.shares, self.recipe = source, machine.share(run.recipe["batch"]), run.recipe
+        self.source, self.shares = source, machine.share(run.recipe["batch"])
         self.tasks, self.seed, self.stage = run.stages[run.stage].tasks, run.args.seed, run.stage
+        self.crop, self.batch = run.recipe["crop"], run.recipe["batch"]
 
     def __getitem__(self, t):
         try:
-            return [[sample(self.source, self.tasks, self.recipe["crop"], self.seed, self.stage, t, i,
-                            self.recipe["batch"]) for i in share] for share in self.shares]
+            return [[sample(self.source, self.tasks, self.crop, self.seed, self.stage, t, i,
+                            self.batch) for i in share] for share in self.shares]
         except (ValueError, OSError) as error:            # a worker's traceback would hide the file
             return str(error)
 
@@ -404,28 +438,31 @@ class Stream(torch.utils.data.Dataset):
 def train_stage(run, net, source, machine, log, validate):
     """Trains run.stage from run.iteration to its end; True if asked to stop before."""
     stage, recipe, device = run.stages[run.stage], run.recipe, machine.device
-    workers = run.args.workers if run.args.workers is not None else 8 if device.type == "cuda" else 0
+    workers, on_gpu, batch = run.args.workers, device.type == "cuda", recipe["batch"]
+    ahead = range(run.iteration, stage.iterations)
     loader = torch.utils.data.DataLoader(
-        Stream(run, source, machine), batch_size=None, sampler=range(run.iteration, stage.iterations),
-        num_workers=workers, pin_memory=device.type == "cuda", collate_fn=None)
-    for t, parts in zip(range(run.iteration, stage.iterations), loader):
+        Stream(run, source, machine), batch_size=None, sampler=ahead, pin_memory=on_gpu,
+        num_workers=workers if workers is not None else 8 * on_gpu)
+    for t, parts in zip(ahead, loader):
+        where = f"stage {run.stage + 1}, iteration {t + 1}"
         if isinstance(parts, str):
-            raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {parts}; {run.last_good()}")
-        torch.manual_seed(seeded(run.args.seed, run.stage, t, machine.rank).initial_seed())  # drop path
+            raise ValueError(f"{where}: {parts}; {run.last_good()}")
+        drop_path = seeded(run.args.seed, run.stage, t, machine.rank)
+        torch.manual_seed(drop_path.initial_seed())
         parts = [prepare_batch(part, recipe["crop"], machine, run.args) for part in parts]
         lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
-        tasks = torch.tensor([TASKS.index(task_of(stage.tasks, t, i, recipe["batch"])) for i in range(recipe["batch"])])
+        tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
         try:
             losses, norm, stop = step(run, net, parts, lr, machine, log.stop is not None)
         except FloatingPointError as fault:
-            name = TASKS[tasks[int(str(fault))]]
-            raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: the loss of {name} is not finite; the "
+            raise ValueError(f"{where}: the loss of {tasks[int(str(fault))]} is not finite; the "
                              f"weights were left as they were before; {run.last_good()}") from None
         run.iteration = t + 1
         log.add(run, losses.cpu(), tasks, norm, lr)
         if run.iteration % (run.args.save_every or recipe["save_every"]) == 0 and machine.rank == 0:
             run.save()
-        if run.args.val_every and run.iteration % run.args.val_every == 0 and run.iteration < stage.iterations:
+        every = run.args.val_every
+        if every and run.iteration % every == 0 and run.iteration < stage.iterations:
             log.write(stage=run.stage + 1, iteration=run.iteration, psnr=validate())
         if stop:
             return True
@@ -447,11 +484,14 @@ class Log:
         self.speaks = machine.rank == 0
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
         self.total = sum(stage.iterations for stage in run.stages)
-        self.iterations, self.idle, self.start = 0, 0.0, time.monotonic()  # idle: seconds of validation
+        self.iterations, self.start, self.idle = 0, time.monotonic(), 0.0  # idle: when validating
         self.sums, self.counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
         self.stop = None                                             # the signal that asked to stop
-        self.handlers = {number: signal.signal(number, lambda received, frame: setattr(self, "stop", received))
+        self.handlers = {number: signal.signal(number, self.ask_to_stop)
                          for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask_to_stop(self, number, frame):
+        self.stop = number
 
     def close(self):
         """Gives the signals back to whom they belonged."""
@@ -476,25 +516,29 @@ class Log:
 
     def add(self, run, losses, tasks, norm, lr):
         """Counts an iteration; speaks every log_every iterations."""
-        self.sums.index_add_(0, tasks, losses)
-        self.counts += tasks.bincount(minlength=len(TASKS))
+        rows = torch.tensor([TASKS.index(task) for task in tasks])
+        self.sums.index_add_(0, rows, losses)
+        self.counts += rows.bincount(minlength=len(TASKS))
         self.iterations += 1
         stage, batch = run.stages[run.stage], run.recipe["batch"]
         if self.iterations == 20:
             self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
         if run.iteration % run.recipe["log_every"] and run.iteration != stage.iterations:
             return
-        means = {task: round((self.sums[i] / self.counts[i]).item(), 5) for i, task in enumerate(TASKS) if self.counts[i]}
+        means = {task: round((total / count).item(), 5)
+                 for task, total, count in zip(TASKS, self.sums, self.counts) if count}
         self.sums.zero_(), self.counts.zero_()
-        self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | loss "
-                 f"{' '.join(f'{task} {loss:.4f}' for task, loss in means.items())} | lr {lr:.1e} | "
-                 f"{self.rate() * batch:.1f} images/s | {clock(self.left(run))} left")
-        self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=means, lr=lr,
-                   gradient_norm=round(norm.item(), 5), images_per_second=round(self.rate() * batch, 2),
-                   seconds_left=round(self.left(run)))
+        losses, rate = " ".join(f"{task} {loss:.4f}" for task, loss in means.items()), self.rate()
+        self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | "
+                 f"loss {losses} | lr {lr:.1e} | {rate * batch:.1f} images/s | "
+                 f"{clock(self.left(run))} left")
+        self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=means,
+                   lr=lr, gradient_norm=round(norm.item(), 5),
+                   images_per_second=round(rate * batch, 2), seconds_left=round(self.left(run)))
 
 
 def clock(seconds):
+    """Seconds in words."""
     minutes = int(seconds + 30) // 60
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -505,7 +549,8 @@ def peak_memory(device):
     """GB: of the GPU if one is used, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ---- A whole run ---------------------------------------------------------------------------------
@@ -513,9 +558,11 @@ def peak_memory(device):
 def open_images(args, say):
     """The images to train on. Refuses what would lose an earlier run."""
     out = Path(args.out)
-    if not args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
-        raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose another --out")
-    if args.resume and not any((out / name).exists() for name in ("last.pt", "previous.pt")):
+    begun = any((out / name).exists() for name in ("last.pt", "previous.pt"))
+    if begun and not args.resume:
+        raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose "
+                         "another --out")
+    if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     recipe = args.recipe
     count, edge = recipe["leaves"]
@@ -523,36 +570,43 @@ def open_images(args, say):
     if args.leaves or not args.data:
         items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
+    if args.cache == "none":
+        return ImageFiles(None, items, recipe["crop"], say)
     return ImageCache(args.cache or out / "cache", items, recipe["crop"], say)
 
 
 def show_table(run, say):
     """The stage x task table: printed, and written as table.md and table.png."""
     unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
-    rows = [[name, *(values[task] for task in TASKS), float(np.mean([values[task] for task in TASKS]))]
-            for name, values in run.table]
+    rows = [[name, *(psnrs[task] for task in TASKS), float(np.mean(list(psnrs.values())))]
+            for name, psnrs in run.table]
     text = markdown([f"{unit} after", *TASKS, "mean"], rows)
     (run.out / "table.md").write_text(text + "\n")
-    trained = {(i + 1, TASKS.index(task)) for i, stage in enumerate(run.stages) for task in stage.tasks}
-    matrix_picture(run.out / "table.png", f"{run.args.name}: {unit} after each stage (framed: trained in it)",
-                   [*TASKS, "mean"], [(row[0], row[1:]) for row in rows], trained)
+    trained = {(i, TASKS.index(task)) for i, stage in enumerate(run.stages, 1)
+               for task in stage.tasks}
+    title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
+    matrix_picture(run.out / "table.png", title, [*TASKS, "mean"],
+                   [(row[0], row[1:]) for row in rows], trained)
     curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl")
     say(text)
 
 
 def announce(run, source, machine, say):
-    recipe = run.recipe
-    where = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else (
-        f"cpu, {torch.get_num_threads()} threads")
-    say(f"on {where}{f', {machine.world} processes' if machine.world > 1 else ''}: {run.args.name}, "
+    """The first line: where and what will run; then the stages."""
+    crop, on_gpu = run.recipe["crop"], machine.device.type == "cuda"
+    where = (torch.cuda.get_device_name(machine.device) if on_gpu else
+             f"cpu, {torch.get_num_threads()} threads")
+    where += f", {machine.world} processes" if machine.world > 1 else ""
+    say(f"on {where}: {run.args.name}, "
         f"{sum(p.numel() for p in run.model.parameters()):,} parameters, "
-        f"{sum(stage.iterations for stage in run.stages):,} iterations of {recipe['batch']} crops of {recipe['crop']} x "
-        f"{recipe['crop']} from {len(source)} images, {run.args.precision}")
+        f"{sum(stage.iterations for stage in run.stages):,} iterations of {run.recipe['batch']} "
+        f"crops of {crop} x {crop} from {len(source)} images, {run.args.precision}")
     for k, stage in enumerate(run.stages, 1):
         say(f"  stage {k}: {', '.join(stage.tasks)}; {stage.iterations:,} iterations")
 
 
 def train(args):
+    """A whole run, from Args to the last picture; or the plan alone."""
     if args.print_plan:
         return print_plan(args)
     machine = Machine(args)
@@ -591,7 +645,8 @@ def run_stages(run, net, source, machine, log):
         return scores
     if not run.table:
         run.table = [("chance", dict.fromkeys(TASKS, 100 / 7)) if classify else
-                     ("input", {task: float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))
+                     ("input", {task: float(np.mean([psnr(to_image(lq), to_image(gt))
+                                                     for lq, gt in examples]))
                                 for task, examples in pairs.items()})]
     while run.stage < len(run.stages):
         stage = run.stages[run.stage]
@@ -600,7 +655,8 @@ def run_stages(run, net, source, machine, log):
         log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
         if train_stage(run, net, source, machine, log, validate):
             return stopped(run, log, machine)
-        run.table.append((f"stage {run.stage + 1} (+{stage.tasks[-1]})" if run.args.seq else "mixed", validate()))
+        name = f"stage {run.stage + 1} (+{stage.tasks[-1]})" if run.args.seq else "mixed"
+        run.table.append((name, validate()))
         run.stage, run.iteration = run.stage + 1, 0
         if machine.rank == 0:
             run.save(keep=f"stage{run.stage}.pt")
@@ -615,23 +671,25 @@ def stopped(run, log, machine):
     if machine.rank == 0:
         run.save()
         again = " ".join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
-        log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. To go on:\n  python {again}")
+        log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
+                f"To go on:\n  python {again}")
     sys.exit(128 + (log.stop or signal.SIGTERM))
 
 
 def finish(run, pairs, log, machine):
+    """The last words: a classifier's confusion matrix or the strips, and what the run took."""
     if run.args.arch == "classifier":
-        accuracy, matrix = confusion(run.model, pairs, machine.device)
-        log.say("\ntrue task \\ named as, images\n" + markdown(["", *TASKS], [[t, *row] for t, row in zip(TASKS, matrix)]))
-        log.say(f"accuracy {np.mean(list(accuracy.values())):.1f} % on held-out images")
+        log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
-    log.say(f"done in {clock(time.monotonic() - log.start)}, {log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
-            f"{peak_memory(machine.device):.1f} GB: {run.out}/last.pt, log.jsonl, table.png, curves.png, strips.png\n"
+    log.say(f"done in {clock(time.monotonic() - log.start)}, "
+            f"{log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
+            f"{peak_memory(machine.device):.1f} GB; {run.out} holds last.pt, log and pictures\n"
             f"next: python eval.py {run.out}/last.pt")
 
 
 def main(argv=None):
+    """The command. Whatever the user can mend ends in one line and a non-zero exit."""
     args = parse(argv)
     try:
         train(args)

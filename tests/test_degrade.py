@@ -207,6 +207,7 @@ def test_depth_folders_are_checked(tmp_path):
 
 class Flat:
     """A source of one 300 x 300 image whose pixels tell where they came from."""
+    share = 1
 
     def __init__(self, edge=300, value=None):
         ramp = torch.arange(edge) % 256
