@@ -388,7 +388,7 @@ def dead_leaves(height, width, generator):
         _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
     image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))[..., None]    # uneven light
     image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
-    image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.6))            # the lens
+    image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.5))            # the lens
     return image, torch.from_numpy(depth)[None, None]
 
 
@@ -417,7 +417,7 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
     inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius  # pixels to the edge
-    edge = rng.uniform(0.6, 1.7)                                               # its blur, in pixels
+    edge = rng.uniform(0.5, 1.2)                                               # its blur, in pixels
     cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]
     shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
     texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
@@ -433,6 +433,7 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
 # ---- Images: files, and a cache of decoded ones that is read a crop at a time --------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_FAULTS = (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError)
 
 
 def open_image(path):
@@ -458,8 +459,7 @@ def open_image(path):
         raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
                          "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
                          "(eval.py: --max-pixels N)") from None
-    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError,
-            TypeError) as error:
+    except _FAULTS as error:
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
 
 
@@ -468,10 +468,9 @@ def _to_8_bits(image):
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     peak = values.max()
     full = 1.0 if image.mode == "F" and peak <= 1 else 255.0 if peak <= 255 else 65535.0
-    info = image.info
-    image = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
-    image.info = info
-    return image
+    grey = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
+    grey.info = image.info
+    return grey
 
 
 def to_rgb(image):
@@ -595,7 +594,7 @@ def _head_size(maker, arguments):
         with Image.open(arguments[0]) as image:
             lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5       # on its side
             return image.size if lies else image.size[::-1]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (*_FAULTS, Image.DecompressionBombError):
         return 0, 0                                    # it will be named when it is decoded
 
 
@@ -682,6 +681,9 @@ class ImageCache:
         return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
 
 
+_decoded = functools.lru_cache(maxsize=2)(lambda maker, arguments: maker(*arguments))
+
+
 class ImageFiles(ImageCache):
     """The same without a cache: slow, so 16 samples in a row share a decoded image."""
     share = 16
@@ -701,11 +703,6 @@ class ImageFiles(ImageCache):
     def depth(self, k):
         depth = _decoded(*self.makers[self.names[k]])[1]
         return None if depth is None else torch.from_numpy(depth)[None, None]
-
-
-@functools.lru_cache(maxsize=2)
-def _decoded(maker, arguments):
-    return maker(*arguments)
 
 
 def photo_items(folders, depth_folder=None):
@@ -819,16 +816,13 @@ def _test_images(path, name, depth_path, out, split, seed):
         for task in RANGES[which]:
             g = seeded(seed, which, task, name)
             drawn = draw(task, size, which, g)
-            d_max = None
-            if task == "haze" and depth is None:
-                depth_here, d_max = depth_prior(*size, g), 1.0
-            else:
-                depth_here = depth
+            alone = task == "haze" and depth is None
+            far, farthest = (depth_prior(*size, g), 1.0) if alone else (depth, None)
             folder = {"in": f"single_indis/{task}", "out": f"single_outbig/{task}_outbig"}[which]
             target = out / folder / f"{name}.png"
             if not target.exists():
                 y = (bicubic_x4(x, stored=True) if task == "sr"
-                     else apply(x, task, drawn, depth_here, d_max))
+                     else apply(x, task, drawn, far, farthest))
                 write_image(target, to_image(y))
             numbers = {key: value.item() for key, value in drawn.items() if value.numel() == 1}
             rows.append([str(target.relative_to(out)), task, which, g.initial_seed(),

@@ -79,6 +79,12 @@ def mean_psnr(model, pairs, device):
     return scores
 
 
+def input_psnr(pairs):
+    """{task: PSNR in dB} of the degraded images themselves: what a model has to beat."""
+    return {task: float(np.mean([psnr(to_image(lq), to_image(gt)) for lq, gt in examples]))
+            for task, examples in pairs.items()}
+
+
 def confusion(classifier, pairs, device):
     """Returns ({task: accuracy in %}, 7 rows of counts: true task x named task)."""
     classifier.eval()
@@ -322,12 +328,12 @@ def prompt_matrix(args, model, device):
     if model.prompt != "ep":
         raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
     images = load_images(args.images, args.depth) if args.images else builtin_images()
-    rows = []
-    for task, examples in validation_pairs(images, "in", args.seed).items():
+    rows, pairs = [], validation_pairs(images, "in", args.seed)
+    before = input_psnr(pairs)
+    for task, examples in pairs.items():
         scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(lq)),
                                       to_image(gt)) for lq, gt in examples])) for prompt in TASKS]
-        before = [psnr(to_image(lq), to_image(gt)) for lq, gt in examples]
-        rows.append([task, *scores, float(np.mean(before))])
+        rows.append([task, *scores, before[task]])
     print(markdown(["images \\ prompt", *TASKS, "input"], rows))
     path = Path(args.output or Path(args.checkpoint).with_name("prompts.png"))
     matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)",

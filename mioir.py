@@ -107,9 +107,8 @@ def unmodulated(site, f):
 
 
 def random_prompts(seed=0, grain=1):
-    """Seven fixed prompt images, uniform in [0,1): (7,128,128). What they show is arbitrary, that
-    they differ is enough: in squares of `grain` pixels by more, which helps runs of minutes only.
-    The published ones are a file, type7.npy; load_official takes it."""
+    """Seven fixed prompt images, uniform in [0,1): (7,128,128). That they differ is enough; by more
+    if in squares of `grain` pixels, for runs of minutes. The published ones: a file, type7.npy."""
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.rand(len(TASKS), 128 // grain, 128 // grain, generator=generator, device="cpu")
     return prompts.repeat_interleave(grain, 1).repeat_interleave(grain, 2)

@@ -80,6 +80,20 @@ def test_a_photo_is_restored_at_its_size_by_the_real_command(checkpoint, picture
     assert np.abs(np.asarray(Image.open(output)).astype(int) - expected).max() <= 1
 
 
+def test_a_classifiers_table_counts_what_it_names(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "builtin_images", functools.partial(evaluation.builtin_images, 2, 64))
+    classifier = mioir.TaskClassifier()
+    with torch.no_grad():
+        classifier.head.bias.zero_()[TASKS.index("rain")] = 100.0          # says rain, whatever it sees
+    torch.save({"mioir": 1, "arch": "classifier", "prompt": None, "sizes": {}, "raw": classifier.state_dict(),
+                "ema": classifier.state_dict(), "facts": {"periods": [[1]]}}, tmp_path / "classifier.pt")
+    run(tmp_path / "classifier.pt")
+    said = capsys.readouterr().out
+    assert "accuracy 14.3 %" in said and "accuracy 16.7 %" in said      # one of seven; Out-Dis lacks sr
+    row = next(line for line in said.splitlines() if line.startswith("| haze"))
+    assert [int(n) for n in row.split("|")[2:-1]] == [2 * (task == "rain") for task in TASKS]
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--task", "fog"], ["fog", "haze"]),
     (["--task", "noise:x"], ["x", "number"]),
