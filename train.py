@@ -59,7 +59,7 @@ MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequ
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1, prompt_width=32),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1, expansion=8 / 3, prompt_width=32),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
     "classifier": dict(),
@@ -67,7 +67,7 @@ SMALL = {
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
     "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=(8, 128), lr=1e-3,
-                 eta_min=1e-6, batch=14, crop=32, period=135, ema=0.99, channels_last=True,
+                 eta_min=1e-5, batch=14, crop=32, period=175, ema=0.99, channels_last=True,
                  prompt_grain=64),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
