@@ -681,7 +681,7 @@ class ImageCache:
         return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
 
 
-_decoded = functools.lru_cache(maxsize=2)(lambda maker, arguments: maker(*arguments))
+_decoded = functools.lru_cache(maxsize=2)(lambda name, maker, arguments: maker(*arguments))
 
 
 class ImageFiles(ImageCache):
@@ -690,18 +690,18 @@ class ImageFiles(ImageCache):
 
     def _build(self, items, say):
         """Looks at the heads of the files alone. A torn file stops the run, which names it."""
-        self.makers = {name: (maker, arguments) for name, maker, arguments in items}
+        self.items = {item[0]: item for item in items}
         return {name: f"{arguments[0]}: not a readable image" for name, maker, arguments in items
-                if not _stored_bytes((name, maker, arguments))}
+                if not all(_head_size(maker, arguments))}
 
     def _size(self, item):
         return _head_size(*item[1:])
 
     def image(self, k):
-        return _decoded(*self.makers[self.names[k]])[0]
+        return _decoded(*self.items[self.names[k]])[0]
 
     def depth(self, k):
-        depth = _decoded(*self.makers[self.names[k]])[1]
+        depth = _decoded(*self.items[self.names[k]])[1]
         return None if depth is None else torch.from_numpy(depth)[None, None]
 
 

@@ -67,7 +67,7 @@ SMALL = {
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
     "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=(8, 128), lr=1e-3,
-                 eta_min=1e-5, batch=14, crop=32, period=160, ema=0.99, channels_last=True,
+                 eta_min=1e-5, batch=14, crop=32, period=175, ema=0.99, channels_last=True,
                  prompt_grain=64),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
@@ -569,7 +569,7 @@ def open_images(args, say):
         items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     if args.cache == "none":
-        return ImageFiles(None, items, recipe["crop"], say)
+        return ImageFiles(out, items, recipe["crop"], say)
     return ImageCache(args.cache or out / "cache", items, recipe["crop"], say)
 
 
