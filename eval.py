@@ -292,10 +292,13 @@ def evaluate(model, pairs, device, say):
                     f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"]]
 
 
-def load_images(folder, depth_folder):
-    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of a folder; names and skips bad files."""
+def load_images(args):
+    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of --images, or built in; bad files are
+    named and skipped."""
+    if not args.images:
+        return builtin_images()
     images = []
-    for path, depth in find_depths(list_images([folder]), depth_folder).items():
+    for path, depth in find_depths(list_images([args.images]), args.depth).items():
         try:
             image = to_tensor(read_image(path))
             depth = None if depth is None else torch.from_numpy(read_depth(depth))[None, None]
@@ -303,12 +306,12 @@ def load_images(folder, depth_folder):
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
     if not images:
-        raise ValueError(f"{folder}: no readable image")
+        raise ValueError(f"{args.images}: no readable image")
     return images
 
 
 def table(args, model, device):
-    images = load_images(args.images, args.depth) if args.images else builtin_images()
+    images = load_images(args)
     strips = Path(args.output or Path(args.checkpoint).with_name("strips.png"))
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
     for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
@@ -327,7 +330,7 @@ def prompt_matrix(args, model, device):
     """Each task's images restored with each of the seven prompts: what a wrong prompt costs."""
     if model.prompt != "ep":
         raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
-    images = load_images(args.images, args.depth) if args.images else builtin_images()
+    images = load_images(args)
     rows, pairs = [], validation_pairs(images, "in", args.seed)
     before = input_psnr(pairs)
     for task, examples in pairs.items():
@@ -355,7 +358,7 @@ def classifier_table(args, classifier, device):
     if args.input or args.testsets or args.prompt_matrix or args.interpolate:
         raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
                          "give it as --classifier")
-    images = load_images(args.images, args.depth) if args.images else builtin_images()
+    images = load_images(args)
     for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
         pairs = validation_pairs(images, split, args.seed)
         print(f"\n{title}, {len(images)} images, seed {args.seed}\n")

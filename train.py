@@ -276,14 +276,13 @@ class Run:
 
     def last_good(self):
         """What to go on from after a fault, in words."""
-        found = [p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()]
+        found = checkpoints(self.out)
         return (f"{found[0]} is unharmed; make room and add --resume" if found else
                 "no checkpoint was written yet")
 
     def load(self, say):
         """Goes on from last.pt, or previous.pt if the newest is torn. Refuses another recipe."""
-        found = [p for p in (self.out / "last.pt", self.out / "previous.pt") if p.exists()]
-        for path in found:
+        for path in checkpoints(self.out):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 facts = saved["facts"]
@@ -302,6 +301,11 @@ class Run:
         self.stage, self.iteration = saved["stage"], saved["iteration"]
         self.table = [tuple(row) for row in saved["table"]]
         say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
+
+
+def checkpoints(out):
+    """What a run can go on from, newest first; previous.pt is for a torn last.pt."""
+    return [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
 
 
 def copy_or_link(source, target):
@@ -353,10 +357,9 @@ class Machine:
             recompute_blocks(model)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
-        net = model
         if self.world > 1:
-            net = torch.nn.parallel.DistributedDataParallel(model)
-        return torch.compile(net) if self.args.compile else net
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        return torch.compile(model) if self.args.compile else model
 
     def autocast(self):
         if self.args.precision == "bf16":
@@ -555,14 +558,13 @@ def peak_memory(device):
 
 def open_images(args, say):
     """The images to train on. Refuses what would lose an earlier run."""
-    out = Path(args.out)
-    begun = any((out / name).exists() for name in ("last.pt", "previous.pt"))
+    out, recipe = Path(args.out), args.recipe
+    begun = checkpoints(out)
     if begun and not args.resume:
         raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose "
                          "another --out")
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
-    recipe = args.recipe
     count, edge = recipe["leaves"]
     items = photo_items(args.data, args.depth) if args.data else []
     if args.leaves or not args.data:
@@ -608,9 +610,7 @@ def train(args):
     if args.print_plan:
         return print_plan(args)
     machine = Machine(args)
-    source = None
-    if machine.rank == 0:                                     # one process decodes, the others wait
-        source = open_images(args, print)
+    source = open_images(args, print) if machine.rank == 0 else None  # one decodes, others wait
     if machine.world > 1:
         dist.barrier()
         source = source or open_images(args, lambda text: None)

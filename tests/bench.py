@@ -26,7 +26,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
-from eval import markdown, psnr  # noqa: E402
+from eval import markdown, psnr, restored  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
 from train import peak_memory  # noqa: E402
 
@@ -235,21 +235,19 @@ def pixels(args, device):
 def tiles(args, device):
     """Each model restores the same images whole and in tiles; PSNR between the two, and of each to the truth."""
     images = [degrade.dead_leaves(768, 1024, degrade.seeded("tiles", k)) for k in range(2)]
-    rows = []
+    rows, pairs = [], degrade.validation_pairs(images)
     for path in args.checkpoints:
         model, info = mioir.load_model(path, device=device)
-        for task, examples in degrade.validation_pairs(images).items():
-            if task in ("noise", "rain", "haze"):
-                row = torch.tensor([TASKS.index(task)], device=device)
-                scores = []
-                for lq, gt in examples:
-                    whole, tiled = (degrade.to_image(restore(model, lq.to(device), row, tile)) for tile in (None, 512))
-                    gt = degrade.to_image(gt)
-                    scores.append((min(psnr(tiled, whole), 99.0), psnr(whole, gt), psnr(tiled, gt)))
-                between, of_whole, of_tiled = np.mean(scores, 0)
-                rows.append([f"{info['arch']} {info['prompt'] or ''}", task, f"{between:.1f}", f"{of_whole:.2f}",
-                             f"{of_tiled:.2f}", f"{of_tiled - of_whole:+.3f}"])
-                print(rows[-1], flush=True)
+        for task in ("noise", "rain", "haze"):
+            scores = []
+            for lq, gt in pairs[task]:
+                whole, tiled = (restored(model, lq, task, device, tile) for tile in (None, 512))
+                gt = degrade.to_image(gt)
+                scores.append((min(psnr(tiled, whole), 99.0), psnr(whole, gt), psnr(tiled, gt)))
+            between, of_whole, of_tiled = np.mean(scores, 0)
+            rows.append([f"{info['arch']} {info['prompt'] or ''}", task, f"{between:.1f}", f"{of_whole:.2f}",
+                         f"{of_tiled:.2f}", f"{of_tiled - of_whole:+.3f}"])
+            print(rows[-1], flush=True)
     print(markdown(["1024 x 768, tiles of 512", "images", "tiled to whole, dB", "whole to truth", "tiled to truth",
                     "difference"], rows))
 
