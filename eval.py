@@ -1,7 +1,7 @@
 """Evaluate a model, or restore one's own pictures with it.
 
+    python eval.py --input photo.jpg --output restored.png        # with the model that is shipped
     python eval.py runs/demo/last.pt                                  # seven tasks: in, out, gain
-    python eval.py runs/demo/last.pt --input photo.jpg --output restored.png --task noise
     python eval.py runs/demo/last.pt --input photos/ --output restored/ --task auto --compare
     python eval.py Restormer_S_EP.pth --prompts type7.npy --testsets MiO100   # the paper's 19 sets
     python eval.py runs/demo/last.pt --prompt-matrix                  # what a wrong prompt costs
@@ -11,6 +11,7 @@ cut, averaged over the images of a set; raw weights, not EMA.
 Source: paper, Section 5.1, and BasicSR.
 """
 import argparse
+import ctypes
 import json
 import re
 import sys
@@ -69,14 +70,9 @@ def ssim(a, b, crop=4):
 
 
 def mean_psnr(model, pairs, device):
-    """{task: PSNR in dB} over {task: [(lq, gt), ...]}, all of one size; "ep" is told the task."""
-    scores = {}
-    for task, examples in pairs.items():
-        lq = torch.cat([lq for lq, _ in examples]).to(device)
-        y = restore(model, lq, torch.full((len(lq),), TASKS.index(task), device=device))
-        values = [psnr(to_image(out), to_image(gt)) for out, (_, gt) in zip(y, examples)]
-        scores[task] = float(np.mean(values))
-    return scores
+    """{task: PSNR in dB} over {task: [(lq, gt), ...]}; "ep" is told the task."""
+    return {task: float(np.mean([psnr(restored(model, lq, task, device), to_image(gt))
+                                 for lq, gt in examples])) for task, examples in pairs.items()}
 
 
 def input_psnr(pairs):
@@ -226,7 +222,8 @@ def task_strips(path, model, pairs, device):
 
 # ---- Which prompt: the user's word, or the classifier's ------------------------------------------
 
-CLASSIFIER = Path(__file__).parent / "assets" / "classifier.pt"
+MODEL = Path(__file__).parent / "assets" / "restormer.pt"                 # these two are shipped
+CLASSIFIER = MODEL.with_name("classifier.pt")
 
 
 def parse_task(text):
@@ -292,6 +289,12 @@ def evaluate(model, pairs, device, say):
                     f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"]]
 
 
+def result(args, name):
+    """--output, or a file beside the checkpoint; for the shipped one, in the working folder."""
+    folder = Path() if args.checkpoint == MODEL else Path(args.checkpoint).parent
+    return Path(args.output or folder / name)
+
+
 def load_images(args):
     """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of --images, or built in; bad files are
     named and skipped."""
@@ -312,7 +315,7 @@ def load_images(args):
 
 def table(args, model, device):
     images = load_images(args)
-    strips = Path(args.output or Path(args.checkpoint).with_name("strips.png"))
+    strips = result(args, "strips.png")
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
     for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
         pairs = validation_pairs(images, split, args.seed)
@@ -338,7 +341,7 @@ def prompt_matrix(args, model, device):
                                       to_image(gt)) for lq, gt in examples])) for prompt in TASKS]
         rows.append([task, *scores, before[task]])
     print(markdown(["images \\ prompt", *TASKS, "input"], rows))
-    path = Path(args.output or Path(args.checkpoint).with_name("prompts.png"))
+    path = result(args, "prompts.png")
     matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)",
                    [*TASKS, "input"], [(row[0], row[1:]) for row in rows],
                    {(i, i) for i in range(len(TASKS))}, reference="last")
@@ -419,6 +422,18 @@ def schedule_of(args, info):
     return found[1] if found else None
 
 
+def score_set(pairs, model, task, classifier, device, tile):
+    """[PSNR, SSIM], averaged over [(LQ file, GT file), ...]; a classifier overrules the task."""
+    values = []
+    for lq_path, gt_path in pairs:
+        lq, gt = to_tensor(read_image(lq_path)), read_image(gt_path)
+        named = classify(classifier, lq, device)[0] if classifier else task
+        h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))      # an LQ may lack the last rows
+        y = restored(model, lq, named, device, tile or auto_tile(lq))
+        values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
+    return np.mean(values, 0).tolist()
+
+
 def testsets(args, model, info, device):
     """The table over whichever of the 19 sets are in the folder; the same as JSON beside it."""
     root = Path(args.testsets)
@@ -438,18 +453,12 @@ def testsets(args, model, info, device):
     scores, start = {}, time.monotonic()
     for name in present:
         group, task, lq_folder, gt_folder = TESTSETS[name]
-        values = []
-        for lq_path, gt_path in match_pairs(root / lq_folder, root / gt_folder):
-            lq, gt = to_tensor(read_image(lq_path)), read_image(gt_path)
-            named = classify(classifier, lq, device)[0] if ask else task
-            if named is None and model.prompt == "ep":
-                raise ValueError(f"{name}: nobody knows this set's degradation; "
-                                 "leave --oracle out, so that the classifier chooses the prompt")
-            h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))  # an LQ may lack the last rows
-            y = restored(model, lq, named, device, args.tile or auto_tile(lq))
-            values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
-        scores[name] = np.mean(values, 0).tolist()
-        print(f"  {name}: {scores[name][0]:.2f} dB over {len(values)} images, "
+        if task is None and model.prompt == "ep" and not ask:
+            raise ValueError(f"{name}: nobody knows this set's degradation; "
+                             "leave --oracle out, so that the classifier chooses the prompt")
+        pairs = match_pairs(root / lq_folder, root / gt_folder)
+        scores[name] = score_set(pairs, model, task, classifier, device, args.tile)
+        print(f"  {name}: {scores[name][0]:.2f} dB over {len(pairs)} images, "
               f"{time.monotonic() - start:.0f} s so far", file=sys.stderr)
     rows = [[name, *_beside(scores[name][0], paper_of.get(name)), f"{scores[name][1]:.4f}"]
             for name in present]
@@ -467,7 +476,7 @@ def testsets(args, model, info, device):
                      else "true task told (--oracle)" if args.oracle
                      else "prompts chosen by the classifier"))
     print(markdown(["set", "PSNR", "paper", "difference", "SSIM"], rows) + f"\n\n{convention}")
-    report = Path(args.output or Path(args.checkpoint).with_suffix(".testsets.json"))
+    report = result(args, f"{Path(args.checkpoint).stem}.testsets.json")
     report.write_text(json.dumps({
         "checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
         "psnr": {k: v[0] for k, v in scores.items()}, "ssim": {k: v[1] for k, v in scores.items()},
@@ -581,7 +590,7 @@ def interpolate(args, model, device):
     shares = [k / (args.steps - 1) for k in range(args.steps)]
     images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(x))
               for s in shares]
-    path = Path(args.output or "interpolation.png")
+    path = result(args, "interpolation.png")
     strip_picture(path, ["input", *(f"{names[0]} {1 - s:.2f} {names[1]} {s:.2f}" for s in shares)],
                   [("", [to_image(x), *images])])
     print(f"picture: {path}")
@@ -594,37 +603,54 @@ def arguments(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"eval.py: {message} (see python eval.py --help)")
     add = parser.add_argument
-    add("checkpoint", help="a file written by train.py, or one published with the paper")
+    add("checkpoint", nargs="?", default=MODEL,
+        help="written by train.py, or published with the paper (default: the one in assets/)")
     add("--images", metavar="DIR", help="evaluate on these, not on the built-in images")
     add("--depth", metavar="DIR", help="depth maps of --images, for haze")
     add("--seed", type=int, default=0, help="of the degradations")
     add("--testsets", metavar="DIR", help="evaluate on the published test sets in this folder")
-    add("--oracle", action="store_true",
-        help="with --testsets: tell the true task, don't ask the classifier")
+    add("--oracle", action="store_true", help="with --testsets: tell the true task")
     add("--expect", type=float, metavar="DB",
         help="with --testsets: fail unless the In-Dis average is this")
     add("--tolerance", type=float, default=0.05, metavar="DB")
-    add("--prompt-matrix", action="store_true",
-        help="each task's images with each of the seven prompts")
-    add("--interpolate", metavar="A,B",
-        help="with --input: a strip from task A's prompt to task B's")
+    add("--prompt-matrix", action="store_true", help="each task's images with each prompt")
+    add("--interpolate", metavar="A,B", help="with --input: a strip from prompt A to B")
     add("--steps", type=int, default=5, help="pictures in that strip")
     add("--input", metavar="PATH", help="a picture, or a folder of pictures, to restore")
     add("--output", metavar="PATH", help="where the result goes")
     add("--task", help="auto (the classifier decides), a task, or a mixture noise:0.7,jpeg:0.3")
-    add("--classifier", metavar="FILE",
-        help="task classifier for auto (default: the one in assets/)")
+    add("--classifier", metavar="FILE", help="for auto (default: the one in assets/)")
     add("--compare", action="store_true", help="also write before/after pictures")
     add("--tile", type=int, metavar="N", help="tiles of N pixels (default: by the picture's size)")
     add("--overwrite", action="store_true", help="replace existing output")
-    add("--max-pixels", type=int, metavar="N",
-        help="accept pictures of up to N pixels (default: pillow's limit)")
+    add("--max-pixels", type=int, metavar="N", help="accept larger pictures than pillow would")
     add("--weights", choices=("raw", "ema"), default="raw", help="raw: as the paper does")
+    add("--export", metavar="FILE", help="write these weights alone, in half precision")
     add("--prompts", metavar="NPY", help="type7.npy, for a published 'ep' checkpoint")
     args = parser.parse_args(argv)
     if args.tile is not None and args.tile < 1:
         parser.error(f"--tile must be positive, not {args.tile}")
     return args
+
+
+def keep_freed_memory():
+    """Linux gives large freed blocks back and clears new ones, for every feature map: a twentieth
+    of the demo's time, and half of validation's. glibc is told to keep them (M_MMAP_MAX 0 and the
+    largest M_TRIM_THRESHOLD)."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
+        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
+
+
+def export(path, model, info):
+    """The weights alone, in half precision: a twelfth of train.py's file; loads as that does."""
+    if info["published"]:
+        raise ValueError("--export takes a checkpoint of train.py")
+    half = {name: t.half() if t.is_floating_point() else t for name, t in
+            model.state_dict().items()}
+    with whole_file(Path(path)) as unfinished:
+        torch.save({**info, "raw": half, "ema": half}, unfinished)
+    print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")
 
 
 def read_prompts(path):
@@ -640,6 +666,8 @@ def run(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, info = load_model(args.checkpoint, args.weights, device,
                              args.prompts and read_prompts(args.prompts))
+    if args.export:
+        return export(args.export, model, info)
     if isinstance(model, TaskClassifier):
         return classifier_table(args, model, device)
     name = f"{info['arch']}{'-' + info['prompt'].upper() if info['prompt'] else ''}"
@@ -658,6 +686,7 @@ def run(args):
 
 
 def main(argv=None):
+    keep_freed_memory()
     try:
         run(arguments(argv))
     except (ValueError, OSError) as error:

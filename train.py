@@ -5,7 +5,6 @@
     python train.py --arch restormer --seq --prompt --data DF2K --resume    # go on where it stopped
     torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K  # two GPUs, the same run
     python train.py --arch classifier --data DF2K                   # names the task for "ep" models
-    python train.py --arch restormer --seq --prompt --print-plan      # what would run
 
 One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file
 per stage, log.jsonl, table.md and .png (PSNR by stage and task), curves.png and strips.png.
@@ -33,8 +32,8 @@ from torch.nn import functional as F
 
 from degrade import (ImageCache, ImageFiles, builtin_images, leaf_items, make_batch, photo_items,
                      sample, seeded, task_of, validation_pairs)
-from eval import (confusion, confusion_text, curves_picture, input_psnr, markdown, matrix_picture,
-                  mean_psnr, task_strips)
+from eval import (confusion, confusion_text, curves_picture, input_psnr, keep_freed_memory,
+                  markdown, matrix_picture, mean_psnr, task_strips)
 from mioir import ARCHS, TASKS, TaskClassifier, build_model, random_prompts, recompute_blocks
 
 # ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
@@ -64,17 +63,22 @@ SMALL = {
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
     "classifier": dict(),
 }
+_SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
+              crop=32, ema=0.99, channels_last=True, prompt_grain=64)
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
-    "demo": dict(leaves=(64, 256), log_every=20, save_every=100, validate=(8, 128), lr=1e-3,
-                 eta_min=1e-5, batch=14, crop=32, period=175, ema=0.99, channels_last=True,
-                 prompt_grain=64),
+    "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=800, ema=0.999),
+    "study": dict(_SHORT, leaves=(64, 256), period=100),
+    "demo": dict(_SHORT, leaves=(64, 256), period=175),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
+_UFORMER, _CLASSIFIER = dict(crop=128, batch=7), dict(crop=128, batch=28)
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier more to look at
-    ("demo", "uformer"): dict(crop=128, batch=7, period=40), ("smoke", "uformer"): dict(crop=128),
-    ("demo", "classifier"): dict(crop=128, batch=28, period=700),
+    ("hours", "uformer"): _UFORMER, ("study", "uformer"): _UFORMER,
+    ("demo", "uformer"): dict(_UFORMER, period=40), ("smoke", "uformer"): dict(crop=128),
+    ("hours", "classifier"): _CLASSIFIER, ("demo", "classifier"): dict(_CLASSIFIER, period=700),
+    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)),
 }
 
 
@@ -135,7 +139,7 @@ class Args:
     seq: bool = option(False, "sequential: one task more per stage (default: mixed, all at once)")
     prompt: str = option(None, "tell the task: ep (explicit; also --prompt alone) or ap (adaptive)",
                          nargs="?", const="ep", choices=("ep", "ap"))
-    preset: str = option("paper", "paper; demo: minutes on 2 CPU cores; smoke: seconds",
+    preset: str = option("paper", "paper; on 2 CPU cores: hours, study, demo, smoke (seconds)",
                          choices=tuple(PRESETS))
     data: list = option(None, "folders of photos (default: dead leaves, made from the seed)",
                         nargs="+", metavar="DIR")
@@ -162,7 +166,7 @@ class Args:
         """The arch's recipe with the preset's changes."""
         changes = {**PRESETS[self.preset], **SPECIAL.get((self.preset, self.arch), {})}
         sizes = {} if self.preset == "paper" else SMALL[self.arch]
-        return {**RECIPES[self.arch], **changes, "sizes": sizes}
+        return {**RECIPES[self.arch], "sizes": sizes, **changes}
 
     @property
     def name(self):
@@ -366,12 +370,6 @@ class Machine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def gather(self, values):
-        """Adds up a tensor over all processes."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
 
 def loss_per_image(net, lq, gt, task):
     """(N,): L1, the paper's only loss; for the classifier, cross-entropy."""
@@ -407,7 +405,8 @@ def step(run, net, parts, lr, machine, stop=False):
             # Processes average their gradients, so each divides by its own share of the batch.
             (loss.sum() * machine.world / batch).backward()
         losses[rows.start:rows.stop] = loss.detach()
-    losses = machine.gather(losses)
+    if machine.world > 1:
+        dist.all_reduce(losses)
     if not losses.is_meta and not losses.isfinite().all():
         raise FloatingPointError(int((~losses.isfinite()).nonzero()[0]))
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
@@ -687,6 +686,7 @@ def finish(run, pairs, log, machine):
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit."""
     args = parse(argv)
+    keep_freed_memory()
     try:
         train(args)
     except (ValueError, OSError) as error:

@@ -6,16 +6,21 @@
     python tests/bench.py data                       # crops/s from PNG files and from the cache; degradation
     python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
     python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
+    python tests/bench.py classical assets/restormer.pt --tune DIR --images DIR   # against classical methods
+    python tests/bench.py study                      # the paper's Table 3 in miniature: 14 trainings
 
 "Transcription" means the published layers written down as they stand: attention by explicit softmax
 matrices, layer norm by mean and variance over rearranged tokens, a shift mask made anew in every block,
 the prompt read once per image, f * scale + shift + f. It shares our weights and must agree to 1e-4.
 """
 import argparse
+import itertools
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +31,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
-from eval import markdown, psnr, restored  # noqa: E402
+from eval import auto_tile, markdown, psnr, restored  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
 from train import peak_memory  # noqa: E402
 
@@ -252,10 +257,183 @@ def tiles(args, device):
                     "difference"], rows))
 
 
+# ---- Classical methods: what a learned model has to beat ---------------------------------------------
+
+def box(x, r):
+    """Mean over the (2r+1)^2 neighbours that lie inside the image."""
+    return F.avg_pool2d(x, 2 * r + 1, 1, r, count_include_pad=False)
+
+
+def neighbours(x, r):
+    """(dy, dx, x shifted by that), for all shifts up to r; borders reflected."""
+    h, w = x.shape[2:]
+    padded = mioir.reflect_pad(x, r, r, r, r)
+    for dy in range(-r, r + 1):
+        for dx in range(-r, r + 1):
+            yield dy, dx, padded[:, :, r + dy:r + dy + h, r + dx:r + dx + w]
+
+
+def non_local_means(x, strength, sigma):
+    """Buades et al. 2005: 7x7 patches, 21x21 neighbours; sigma in grey levels is known."""
+    s, total, out = sigma / 255, 0, 0
+    for _, _, other in neighbours(x, 10):
+        distance = box((x - other).square().mean(1, keepdim=True), 3)
+        weight = torch.exp(-(distance - 2 * s ** 2).clamp_min(0) / (strength * s) ** 2)
+        total, out = total + weight, out + weight * other
+    return out / total
+
+
+def wiener(x, sigma, ratio):
+    """Wiener filter for one fixed Gaussian kernel; ratio: of noise to signal power."""
+    pad = 32
+    x = mioir.reflect_pad(x, pad, pad, pad, pad)
+    fy, fx = (torch.fft.fftfreq(s) for s in x.shape[2:])
+    fx = fx[:x.shape[3] // 2 + 1].abs()
+    kernel = torch.exp(-2 * (np.pi * sigma) ** 2 * (fy[:, None] ** 2 + fx[None] ** 2))
+    y = torch.fft.irfft2(torch.fft.rfft2(x) * kernel / (kernel ** 2 + ratio), s=x.shape[2:])
+    return y[:, :, pad:-pad, pad:-pad]
+
+
+def bilateral(x, space, levels):
+    """Tomasi and Manduchi 1998; space in pixels, levels in [0,1]."""
+    total, out = 0, 0
+    for dy, dx, other in neighbours(x, 4):
+        weight = torch.exp(-(dy * dy + dx * dx) / (2 * space ** 2)
+                           - (x - other).square().mean(1, keepdim=True) / (2 * levels ** 2))
+        total, out = total + weight, out + weight * other
+    return out / total
+
+
+def guided(x, guide, r, eps):
+    """He et al. 2010: x smoothed, with edges where the guide has them."""
+    mean_x, mean_g = box(x, r), box(guide, r)
+    slope = (box(x * guide, r) - mean_x * mean_g) / (box(guide * guide, r) - mean_g ** 2 + eps)
+    return box(slope, r) * guide + box(mean_x - slope * mean_g, r)
+
+
+def rain_split(x, r, eps, kept, veil):
+    """A guided filter splits off detail; of what is brighter, a streak, `kept` stays; the veil goes."""
+    smooth = guided(x, x, r, eps)
+    detail = x - smooth
+    return smooth + torch.where(detail > 0, kept * detail, detail) - veil
+
+
+def dark_channel(x, share, least):
+    """He et al. 2009: dark channel prior, 15x15 patches, transmission refined by a guided filter."""
+    def darkest(image):
+        return -F.max_pool2d(-image.amin(1, keepdim=True), 15, 1, 7)
+    dark = darkest(x).flatten()
+    brightest = dark.topk(max(len(dark) // 1000, 1)).indices
+    airlight = x.flatten(2)[:, :, brightest].mean(2)[:, :, None, None]
+    transmission = guided(1 - share * darkest(x / airlight), x.mean(1, keepdim=True), 40, 1e-3)
+    return (x - airlight) / transmission.clamp(least, 1) + airlight
+
+
+def grid(**values):
+    """All combinations of settings, as dicts."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+CLASSICAL = {  # task: (name, method, settings to choose from)
+    "blur": ("Wiener filter", wiener, grid(sigma=(1.0, 1.25, 1.5, 1.75), ratio=(0.01, 0.02, 0.05, 0.1))),
+    "noise": ("non-local means, sigma known", non_local_means, grid(strength=(0.4, 0.55, 0.7, 0.9))),
+    "jpeg": ("bilateral filter", bilateral, grid(space=(0.7, 1.0, 1.5, 2.0), levels=(0.02, 0.03, 0.045, 0.07))),
+    "rain": ("guided-filter split", rain_split, grid(r=(4, 8, 16), eps=(1e-3, 4e-3, 2e-2), kept=(0.3, 0.5, 0.7),
+                                                     veil=(0.0, 0.03, 0.06))),
+    "haze": ("dark channel prior", dark_channel, grid(share=(0.6, 0.7, 0.8, 0.95), least=(0.1, 0.2, 0.3, 0.4))),
+    "dark": ("best fixed gamma", lambda x, gamma: x ** gamma, grid(gamma=(0.45, 0.5, 0.55, 0.6, 0.65, 0.7))),
+    "sr": ("bicubic (the input)", lambda x: x, [{}]),
+}
+
+
+def sigmas(count, images):
+    """The noise that validation_pairs (seed 0) put on each image: what non-local means is told."""
+    return [degrade.draw("noise", image.shape[2:], "in", degrade.seeded("validation", 0, "in", "noise", k))["sigma"].item()
+            for k, (image, _) in enumerate(images[:count])]
+
+
+def apply_classical(task, method, settings, pairs, noise):
+    """PSNR of a classical method on each pair of a task."""
+    return [psnr(degrade.to_image(method(lq, **settings, **({"sigma": s} if task == "noise" else {}))),
+                 degrade.to_image(gt)) for (lq, gt), s in zip(pairs, noise)]
+
+
+def classical(args, device):
+    """Strengths chosen on --tune, then all methods and the models on --images, photo by photo."""
+    def photos(folder, edge=None):
+        images = [degrade.to_tensor(degrade.read_image(path)) for path in degrade.list_images([folder])]
+        middle = [tuple(slice(max(s - edge, 0) // 2, (s + edge) // 2) if edge else slice(None)
+                        for s in image.shape[2:]) for image in images]
+        return [(image[:, :, y, x], None) for image, (y, x) in zip(images, middle)]
+    tuning, images = photos(args.tune, 192)[::2], photos(args.images)
+    models = [mioir.load_model(path, device=device)[0] for path in args.checkpoints]
+    tune_pairs, pairs = degrade.validation_pairs(tuning), degrade.validation_pairs(images)
+    tune_noise, noise = sigmas(len(tuning), tuning), sigmas(len(images), images)
+    rows = []
+    for task, (name, method, settings) in CLASSICAL.items():
+        best = max(settings, key=lambda chosen: np.mean(
+            apply_classical(task, method, chosen, tune_pairs[task], tune_noise)))
+        before = [psnr(degrade.to_image(lq), degrade.to_image(gt)) for lq, gt in pairs[task]]
+        scores = [before, apply_classical(task, method, best, pairs[task], noise)]
+        for model in models:
+            scores.append([psnr(restored(model, lq, task, device, auto_tile(lq)), degrade.to_image(gt))
+                           for lq, gt in pairs[task]])
+        said = ", ".join(f"{key} {value:g}" for key, value in best.items())
+        rows.append([task, f"{name}{': ' if said else ''}{said}",
+                     *(f"{np.mean(s):.2f} +- {np.std(s):.1f}" for s in scores)])
+        print(rows[-1], flush=True)
+    print(markdown(["images of", "classical method, as tuned", "input", "classical",
+                    *(str(path) for path in args.checkpoints)], rows))
+    print(f"PSNR in dB, mean +- deviation over {len(images)} photos; In-Dis, seed 0")
+
+
+# ---- The paper in miniature ---------------------------------------------------------------------------
+
+STUDY = {  # name: (flags, the paper's gain over M: SRResNet, Table 3, mean of the seven In-Dis sets)
+    "M": ("", 0.0), "S": ("--seq", 0.29), "M+EP": ("--prompt ep", 0.74), "S+EP": ("--seq --prompt ep", 0.84),
+    "M+AP": ("--prompt ap", 0.08), "S+AP": ("--seq --prompt ap", 0.24),
+    "S+EP, reverse order": ("--seq --prompt ep --order dhrjnbs", None),
+}
+
+
+def study(args, device):
+    """Six trainings of one small SRResNet and one in reverse order, two seeds each; goes on where it was."""
+    runs = [(name, seed, Path(args.out) / f"{name.replace(' ', '').replace(',', '-')}-{seed}")
+            for seed in (0, 1) for name in STUDY]
+
+    def table(out):
+        return torch.load(out / "last.pt", weights_only=True)["table"] if (out / "last.pt").exists() else []
+
+    def one(job):
+        name, seed, out = job
+        command = [sys.executable, "train.py", "--arch", "srresnet", "--preset", "study", *STUDY[name][0].split(),
+                   "--seed", str(seed), "--out", str(out), "--cache", str(Path(args.out) / f"cache-{seed}")]
+        if len(table(out)) < (8 if "--seq" in command else 2):
+            start, again = time.monotonic(), ["--resume"] if table(out) or (out / "last.pt").exists() else []
+            subprocess.run(command + again, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+            print(f"{out}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, runs))
+    finals = {(name, seed): table(out)[-1][1] for name, seed, out in runs}
+    rows = []
+    for name, (_, gain) in STUDY.items():
+        psnrs = np.array([[finals[name, seed][task] for task in TASKS] for seed in (0, 1)])
+        means = psnrs.mean(1)
+        gains = means - [np.mean(list(finals["M", seed].values())) for seed in (0, 1)]
+        rows.append([name, *psnrs.mean(0).tolist(), f"{means.mean():.2f}", f"{gains.mean():+.2f} ({gains[0]:+.2f}, "
+                     f"{gains[1]:+.2f})", "not given" if gain is None else f"{gain:+.2f}"])
+    print(markdown(["PSNR, mean of two seeds", *TASKS, "mean", "gain on M (each seed)", "the paper's gain"], rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("networks", "memory", "data", "pixels", "tiles"))
-    parser.add_argument("checkpoints", nargs="*", help="for tiles")
+    parser.add_argument("what", choices=("networks", "memory", "data", "pixels", "tiles", "classical", "study"))
+    parser.add_argument("checkpoints", nargs="*", help="for tiles and classical")
+    parser.add_argument("--tune", help="classical: photos to choose the strengths on")
+    parser.add_argument("--images", help="classical: photos to compare on")
+    parser.add_argument("--out", default="runs/study", help="study: where the trainings go")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="study: trainings at a time, one thread each")
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--size", type=int, default=128, help="edge of the training crop")
     parser.add_argument("--batch", type=int, default=1)
@@ -267,7 +445,7 @@ def main():
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, "
           f"{torch.get_num_threads()} threads")
     {"networks": networks, "memory": memory_child if args.child else memory, "data": data, "pixels": pixels,
-     "tiles": tiles}[args.what](args, device)
+     "tiles": tiles, "classical": classical, "study": study}[args.what](args, device)
 
 
 if __name__ == "__main__":

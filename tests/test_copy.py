@@ -40,7 +40,7 @@ COPY = {
                       "assert gaussian_blur(torch.rand(2, 3, 30, 30), 9, torch.tensor([1.0, 2.0])).shape == (2, 3, 30, 30)"),
     "jpeg": ("degrade.py", ["quantize", "per_image", "_LUMA", "_CHROMA", "_jpeg_block"],
              "assert jpeg(torch.rand(2, 3, 30, 30), 40).shape == (2, 3, 30, 30)"),
-    "rain_streaks": ("degrade.py", ["per_image", "reflect_pad", "_SIGMA_11", "_WIDTH_TAPS", "_width_taps", "streak_kernels",
+    "rain_streaks": ("degrade.py", ["per_image", "reflect_pad", "_SIGMA_11", "_WIDTH_TAPS", "_width_taps", "streak_kernels", "_rain_layer",
                                     "_fast_size"],
                      "assert rain_streaks(torch.rand(2, 1, 64, 64) * 256, 90, 5, 30, 10).max() == 1"),
     "add_haze": ("degrade.py", ["quantize", "per_image"],
