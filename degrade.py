@@ -183,11 +183,10 @@ def streak_kernels(width, length, angle):
 def rain_streaks(field, density, width, length, angle, peak=1.0):
     """A layer of rain: (N,1,H,W) in [0,1] in steps of 1/255, `peak` at each field's brightest spot.
 
-    field: (N,1,H,W) uniform random numbers in [0,256), in whose precision we compute: in float64,
-    equal to the published code, in float32 thrice as fast. A drop falls where a number is among the
-    largest density/100 of 256. density: 50..149; width: 3..11 odd, length: 20..40, both in pixels;
-    angle: -45..44 degrees. Normalised over the whole field: give the whole image's, not a small
-    crop's, or a peak below 1 (see RAIN_PEAK).
+    field: (N,1,H,W) uniform random numbers in [0,256); a drop falls where it is among the largest
+    density/100 of 256. density: 50..149; width: 3..11 odd, length: 20..40, both in pixels; angle:
+    -45..44 degrees. Normalised over the whole field: give the whole image's, not a small crop's,
+    or a peak below 1 (see RAIN_PEAK).
     """
     density, width, length, angle = (per_image(p, field, torch.float64).flatten()
                                      for p in (density, width, length, angle))
@@ -195,7 +194,7 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
     # and the halo is symmetric, so that one correlation with the 42 x 42 kernel of both does it.
     halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
     streaks = streak_kernels(width, length, angle)[:, None]                       # (N,1,40,40)
-    kernel = F.conv2d(streaks, halo[None, None], padding=2).to(field.dtype)       # (N,1,42,42)
+    kernel = F.conv2d(streaks, halo[None, None], padding=2)                       # (N,1,42,42)
     least = 256 - density[:, None, None, None] / 100
     if field.device.type != "cpu":
         return _rain_layer(field, least, kernel, peak)
@@ -206,7 +205,7 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
 def _rain_layer(field, least, kernel, peak):
     """The drops of (N,1,H,W) that are `least` or more, each drawn as its kernel, normalised."""
     h, w = field.shape[2:]
-    drops = torch.where(field >= least, field, 0)
+    drops = torch.where(field >= least, field, 0).double()
     drops = reflect_pad(drops, 21, 20, 21, 20)                                    # (N,1,H+41,W+41)
     rows, columns = map(_fast_size, drops.shape[2:])
     spectrum = torch.fft.rfft2(drops, s=(rows, columns))      # correlation: the kernel's conjugate
@@ -214,8 +213,7 @@ def _rain_layer(field, least, kernel, peak):
     layer = torch.fft.irfft2(spectrum, s=(rows, columns))[:, :, :h, :w]
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
     scale = 255 * peak / (high - low).clamp_min(1e-12)
-    rounding = 1000 * torch.finfo(layer.dtype).eps               # what is whole must not fall short
-    return ((layer - low) * scale + rounding).floor_().float() / 255              # from 0 to peak
+    return ((layer - low) * scale + 1e-9).floor_().float() / 255                  # from 0 to peak
 
 
 def _fast_size(n):
@@ -297,8 +295,6 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
     A rain field larger than x is rain on a larger canvas with x in its corner."""
     drawn = {name: value.to(x.device) for name, value in drawn.items()}
     if task == "rain":
-        if peak == 1:                   # a whole image; training, where peak is less, wants it fast
-            drawn["field"] = drawn["field"].double()
         streaks = rain_streaks(**drawn, peak=peak)
         return add_rain(x, streaks[:, :, :x.shape[2], :x.shape[3]])
     if task == "haze":
@@ -732,8 +728,9 @@ def photo_items(folders, depth_folder=None):
 
 
 def leaf_items(count, edge, seed):
-    """Items of an ImageCache: dead leaves, edge x edge pixels, with true depth."""
-    return [(f"leaves-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
+    """Items of an ImageCache: dead leaves, edge x edge pixels, with true depth. The 2 in the name
+    goes up when dead_leaves draws otherwise, so that a cache of older ones is not used."""
+    return [(f"leaves2-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
             for k in range(count)]
 
 
