@@ -89,7 +89,7 @@ def confusion(classifier, pairs, device):
         for lq, _ in examples:
             named, _ = classify(classifier, lq, device)
             matrix[TASKS.index(task), TASKS.index(named)] += 1
-    accuracy = {task: 100 * matrix[i, i] / len(pairs[task])
+    accuracy = {task: 100 * matrix[i, i].item() / len(pairs[task])
                 for i, task in enumerate(TASKS) if task in pairs}
     return accuracy, matrix.tolist()
 

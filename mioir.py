@@ -608,7 +608,7 @@ class TaskClassifier(nn.Module):
     """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
     The published one ends in a softmax and is trained with a cross-entropy that applies another,
     which flattens the gradients; ours returns logits; their softmax equals the published output."""
-    def __init__(self, width=128):
+    def __init__(self, width=128, high_pass=False):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                  # (N,128,H/3,W/3)
@@ -616,6 +616,9 @@ class TaskClassifier(nn.Module):
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
         self.head = nn.Linear(32, len(TASKS))
+        if high_pass:       # a start for short runs: the first filters see texture, not brightness
+            first = self.features[0].weight.data
+            first.sub_(first.mean((2, 3), keepdim=True)).mul_(3)
 
     def forward(self, x):
         return self.head(self.features(x).mean((2, 3)))

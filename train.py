@@ -61,23 +61,23 @@ SMALL = {
     "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1, expansion=8 / 3, prompt_width=32),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(),
+    "classifier": dict(high_pass=True),
 }
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
               crop=32, ema=0.99, channels_last=True, prompt_grain=64)
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
-    "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=800, ema=0.999),
-    "study": dict(_SHORT, leaves=(64, 256), period=100),
+    "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
+    "study": dict(_SHORT, leaves=(64, 256), period=60),
     "demo": dict(_SHORT, leaves=(64, 256), period=175),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
-_UFORMER, _CLASSIFIER = dict(crop=128, batch=7), dict(crop=128, batch=28)
+_UFORMER, _CLASSIFIER = dict(crop=128, batch=7), dict(crop=64, batch=28, lr=3e-3)
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier more to look at
-    ("hours", "uformer"): _UFORMER, ("study", "uformer"): _UFORMER,
+    ("hours", "uformer"): _UFORMER, ("hours", "classifier"): dict(_CLASSIFIER, period=5000),
     ("demo", "uformer"): dict(_UFORMER, period=40), ("smoke", "uformer"): dict(crop=128),
-    ("hours", "classifier"): _CLASSIFIER, ("demo", "classifier"): dict(_CLASSIFIER, period=700),
+    ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("study", "uformer"): _UFORMER,
     ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)),
 }
 

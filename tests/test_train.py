@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mioir
 import train
 from degrade import TASKS
 from reference import CASES
@@ -128,7 +129,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, tiny
 def test_other_variants_train(tmp_path, arch, flags, monkeypatch, tiny):
     monkeypatch.setitem(train.PRESETS["smoke"], "period", 1)
     run("--arch", arch, *flags, "--preset", "smoke", "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "last.pt").exists()
+    _, info = mioir.load_model(tmp_path / "out" / "last.pt")                # which takes plain numbers alone
+    assert info["arch"] == arch and set(info["table"][-1][1]) == set(mioir.TASKS)
 
 
 def test_training_on_a_folder_of_photos(tmp_path, capsys, tiny):
