@@ -893,6 +893,7 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
 
 
 def main(argv=None):
+    """The command. Whatever the user can mend ends in one line and a non-zero exit."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"degrade.py: {message} (see python degrade.py --help)")

@@ -281,12 +281,10 @@ def evaluate(model, pairs, device, say):
             x, truth = to_image(lq), to_image(gt)
             scores.append([psnr(x, truth), psnr(y, truth), ssim(x, truth), ssim(y, truth)])
         p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
-        rows.append([task, p_in, p_out, p_out - p_in,
-                     f"{s_in:.4f}", f"{s_out:.4f}", f"{s_out - s_in:+.4f}"])
+        rows.append([task, p_in, p_out, p_out - p_in, s_in, s_out, s_out - s_in])
         say(f"{task}: {p_in:.2f} -> {p_out:.2f} dB over {len(examples)} images")
-    numbers = np.array([[float(v) for v in row[1:]] for row in rows]).mean(0).tolist()
-    return [*rows, ["mean", *numbers[:3],
-                    f"{numbers[3]:.4f}", f"{numbers[4]:.4f}", f"{numbers[5]:+.4f}"]]
+    rows.append(["mean", *np.mean([row[1:] for row in rows], 0).tolist()])
+    return [[*row[:4], *(f"{value:.4f}" for value in row[4:6]), f"{row[6]:+.4f}"] for row in rows]
 
 
 def result(args, name):
@@ -314,6 +312,7 @@ def load_images(args):
 
 
 def table(args, model, device):
+    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture."""
     images = load_images(args)
     strips = result(args, "strips.png")
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
@@ -599,6 +598,7 @@ def interpolate(args, model, device):
 # ---- The command line ----------------------------------------------------------------------------
 
 def arguments(argv):
+    """The command line, parsed; exits with one line where flags are unknown."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"eval.py: {message} (see python eval.py --help)")
@@ -654,6 +654,7 @@ def export(path, model, info):
 
 
 def read_prompts(path):
+    """The (7,128,128) prompt images of a published "ep" checkpoint, from their .npy file."""
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -661,6 +662,7 @@ def read_prompts(path):
 
 
 def run(args):
+    """Does what the flags ask for. Raises ValueError or OSError with one line on what is wrong."""
     if args.max_pixels:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -686,6 +688,7 @@ def run(args):
 
 
 def main(argv=None):
+    """The command. Whatever the user can mend ends in one line and a non-zero exit."""
     keep_freed_memory()
     try:
         run(arguments(argv))

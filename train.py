@@ -83,6 +83,7 @@ SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classi
 
 
 class Stage(NamedTuple):
+    """What a stage of the schedule trains, and for how long."""
     tasks: tuple        # trained together, every one equally often
     periods: tuple      # iterations of each cosine period; the learning rate restarts at each
 
@@ -180,9 +181,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.error = lambda message: sys.exit(f"train.py: {message} (see python train.py --help)")
     for f in dataclasses.fields(Args):
-        kind = dict(action="store_true")
-        if f.type is not bool:
-            kind = dict(type=int if f.type is int else str, default=f.default)
+        kind = (dict(action="store_true") if f.type is bool else
+                dict(type=int if f.type is int else str, default=f.default))
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     if args.arch == "promptir" and args.prompt:

@@ -1,0 +1,85 @@
+"""The weights in assets/ do what assets/README.md says; and checkpoints are exported as they were."""
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import mioir
+from degrade import read_image, to_tensor, validation_pairs
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def stated_gains():
+    """{task: gain in dB} of the table in assets/README.md."""
+    text = (ASSETS / "README.md").read_text()
+    return {task: float(gain) for task, gain in
+            re.findall(r"^\| (\w+) +\| +[\d.]+ \| +[\d.]+ \| +(-?[\d.]+) \|", text, re.MULTILINE) if task in mioir.TASKS}
+
+
+def test_shipped_weights_gain_what_is_stated():
+    model, info = mioir.load_model(evaluation.MODEL)
+    photos = [(to_tensor(read_image(ASSETS / "photos" / f"{name}.png")), None) for name in ("coffee", "tulips")]
+    rows = evaluation.evaluate(model, validation_pairs(photos), "cpu", lambda text: None)
+    measured, stated = {row[0]: row[3] for row in rows if row[0] in mioir.TASKS}, stated_gains()
+    assert (info["arch"], info["prompt"]) == ("restormer", "ep") and set(stated) == set(mioir.TASKS)
+    for task, gain in stated.items():
+        assert measured[task] == pytest.approx(gain, abs=0.05), task
+
+
+def test_one_command_restores_the_sample_and_finds_its_task(tmp_path, capsys):
+    start = time.monotonic()
+    evaluation.main(["--input", str(ASSETS / "coffee_noisy.png"), "--output", str(tmp_path / "out.png")])
+    assert time.monotonic() - start < 20 and "task noise" in capsys.readouterr().out
+    truth, before, after = map(read_image, (ASSETS / "photos" / "coffee.png", ASSETS / "coffee_noisy.png", tmp_path / "out.png"))
+    assert evaluation.psnr(after, truth) > evaluation.psnr(before, truth) + 3
+
+
+def test_the_shipped_classifier_knows_the_sample_photos():
+    classifier, _ = mioir.load_model(evaluation.CLASSIFIER)
+    photos = [(to_tensor(read_image(path)), None) for path in sorted((ASSETS / "photos").glob("*.png"))]
+    accuracy, _ = evaluation.confusion(classifier, validation_pairs(photos), "cpu")
+    assert np.mean(list(accuracy.values())) >= 85
+
+
+def test_assets_are_small_and_weights_are_half_precision():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6e6
+    for path in (evaluation.MODEL, evaluation.CLASSIFIER):
+        state = torch.load(path, weights_only=True)["raw"]
+        assert {value.dtype for value in state.values()} == {torch.float16}
+
+
+def test_an_exported_checkpoint_restores_the_same_picture(finished, tmp_path, capsys):
+    small = tmp_path / "small.pt"
+    evaluation.main([str(finished / "last.pt"), "--weights", "ema", "--export", str(small)])
+    (model, info), (half, half_info) = mioir.load_model(finished / "last.pt", "ema"), mioir.load_model(small)
+    assert half_info == info and small.stat().st_size < (finished / "last.pt").stat().st_size / 6
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(model(x, torch.tensor([3])), half(x, torch.tensor([3])), atol=2e-3)
+
+
+def test_export_refuses_a_published_file(tmp_path):
+    torch.manual_seed(0)
+    names = {mioir._official_names("classifier", None, name)[0]: value
+             for name, value in mioir.TaskClassifier().state_dict().items()}
+    torch.save(names, tmp_path / "published.pth")
+    with pytest.raises(SystemExit, match="checkpoint of train.py"):
+        evaluation.main([str(tmp_path / "published.pth"), "--export", str(tmp_path / "half.pt")])
+    assert not (tmp_path / "half.pt").exists()
+
+
+def test_without_a_checkpoint_results_go_to_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    shutil.copy(ASSETS / "coffee_noisy.png", tmp_path / "one")
+    Image.open(tmp_path / "one" / "coffee_noisy.png").resize((64, 48)).save(tmp_path / "one" / "coffee_noisy.png")
+    evaluation.main(["--prompt-matrix", "--images", "one"])
+    assert (tmp_path / "prompts.png").exists() and not (ASSETS / "prompts.png").exists()
