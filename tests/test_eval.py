@@ -103,7 +103,8 @@ def test_a_classifiers_table_counts_what_it_names(tmp_path, capsys, monkeypatch)
     (["--task", "noise", "--input", "nothing.png"], ["nothing.png"]),
     (["--task", "noise", "--input", "TORN"], ["torn.png", "not a readable image"]),
 ])
-def test_bad_requests_get_one_clear_line(checkpoint, picture, argv, words):
+def test_bad_requests_get_one_clear_line(checkpoint, picture, argv, words, monkeypatch):
+    monkeypatch.setattr(evaluation, "CLASSIFIER", picture.with_name("not shipped.pt"))
     torn = picture.with_name("torn.png")
     torn.write_bytes(picture.read_bytes()[:3000])
     names = {"EXISTS": picture, "TORN": torn}
