@@ -643,12 +643,12 @@ def keep_freed_memory():
 
 
 def export(path, model, info):
-    """The weights alone, in half precision: a twelfth of train.py's file; loads as that does."""
+    """The weights alone, in half precision: a seventh of train.py's file; loads as that does."""
     if info["published"]:
         raise ValueError("--export takes a checkpoint of train.py")
     half = {name: t.half() if t.is_floating_point() else t for name, t in
             model.state_dict().items()}
-    with whole_file(Path(path)) as unfinished:
+    with whole_file(path) as unfinished:
         torch.save({**info, "raw": half, "ema": half}, unfinished)
     print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")
 

@@ -346,10 +346,10 @@ CLASSICAL = {  # task: (name, method, settings to choose from)
 }
 
 
-def sigmas(count, images):
+def sigmas(images):
     """The noise that validation_pairs (seed 0) put on each image: what non-local means is told."""
     return [degrade.draw("noise", image.shape[2:], "in", degrade.seeded("validation", 0, "in", "noise", k))["sigma"].item()
-            for k, (image, _) in enumerate(images[:count])]
+            for k, (image, _) in enumerate(images)]
 
 
 def apply_classical(task, method, settings, pairs, noise):
@@ -368,7 +368,7 @@ def classical(args, device):
     tuning, images = photos(args.tune, 192)[::2], photos(args.images)
     models = [mioir.load_model(path, device=device)[0] for path in args.checkpoints]
     tune_pairs, pairs = degrade.validation_pairs(tuning), degrade.validation_pairs(images)
-    tune_noise, noise = sigmas(len(tuning), tuning), sigmas(len(images), images)
+    tune_noise, noise = sigmas(tuning), sigmas(images)
     rows = []
     for task, (name, method, settings) in CLASSICAL.items():
         best = max(settings, key=lambda chosen: np.mean(
@@ -409,7 +409,7 @@ def study(args, device):
         command = [sys.executable, "train.py", "--arch", "srresnet", "--preset", "study", *STUDY[name][0].split(),
                    "--seed", str(seed), "--out", str(out), "--cache", str(Path(args.out) / f"cache-{seed}")]
         if len(table(out)) < (8 if "--seq" in command else 2):
-            start, again = time.monotonic(), ["--resume"] if table(out) or (out / "last.pt").exists() else []
+            start, again = time.monotonic(), ["--resume"] if (out / "last.pt").exists() else []
             subprocess.run(command + again, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
             print(f"{out}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
