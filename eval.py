@@ -95,10 +95,18 @@ def confusion(classifier, pairs, device):
 
 
 def restored(model, lq, task, device, tile=None):
-    """(1,3,H,W) -> (H,W,3) uint8. task: a name or (1,7) weights; only "ep" models need one."""
+    """(1,3,H,W) -> (H,W,3) uint8. task: a name or (1,7) weights; only "ep" models need one.
+    tile: edge of the tiles in pixels; None: by `auto_tile`; 0: the image is run whole."""
     if isinstance(task, str):
         task = torch.tensor([TASKS.index(task)])
-    return to_image(restore(model, lq.to(device), None if task is None else task.to(device), tile))
+    tile = auto_tile(lq) if tile is None else tile
+    task = None if task is None else task.to(device)
+    return to_image(restore(model, lq.to(device), task, tile or None))
+
+
+def auto_tile(x):
+    """Whole (0) up to a megapixel; above it, tiles of 512, so that memory stays bounded."""
+    return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else 0
 
 
 # ---- Tables and pictures -------------------------------------------------------------------------
@@ -145,8 +153,7 @@ def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     picture.save(path)
 
 
-_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
-            (140, 86, 75), (227, 119, 194))
+_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
 
 
 def curves_picture(path, title, log):
@@ -154,10 +161,9 @@ def curves_picture(path, title, log):
     entries = [e for e in map(json.loads, Path(log).read_text().splitlines()) if "loss" in e]
     offset, at, last = 0, [], (1, 0)
     for entry in entries:                                       # iterations counted over all stages
-        here = (entry["stage"], entry["iteration"])
-        offset += last[1] if here[0] > last[0] else 0
-        at.append(offset + here[1])
-        last = here
+        offset += last[1] if entry["stage"] > last[0] else 0
+        last = entry["stage"], entry["iteration"]
+        at.append(offset + last[1])
     width, heights, left, top, font = 900, (320, 110), 70, 56, ImageFont.load_default(14)
     picture = Image.new("RGB", (width + left + 110, sum(heights) + top + 70), "white")
     pen = ImageDraw.Draw(picture)
@@ -264,11 +270,6 @@ def load_classifier(path, device):
     return classifier
 
 
-def auto_tile(x):
-    """Whole up to a megapixel; above it, tiles of 512, so that memory stays bounded."""
-    return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else None
-
-
 # ---- The table over images that we degrade ourselves ---------------------------------------------
 
 def evaluate(model, pairs, device, say):
@@ -277,7 +278,7 @@ def evaluate(model, pairs, device, say):
     for task, examples in pairs.items():
         scores = []
         for lq, gt in examples:
-            y = restored(model, lq, task, device, auto_tile(lq))
+            y = restored(model, lq, task, device)
             x, truth = to_image(lq), to_image(gt)
             scores.append([psnr(x, truth), psnr(y, truth), ssim(x, truth), ssim(y, truth)])
         p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
@@ -290,7 +291,15 @@ def evaluate(model, pairs, device, say):
 def result(args, name):
     """--output, or a file beside the checkpoint; for the shipped one, in the working folder."""
     folder = Path() if args.checkpoint == MODEL else Path(args.checkpoint).parent
-    return Path(args.output or folder / name)
+    path, kinds = Path(args.output or folder / name), [".json"] if ".json" in name else FORMATS
+    check_ending(path, kinds)
+    return path
+
+
+def check_ending(path, kinds):
+    """Raises ValueError before any work is done, where the result could not be written."""
+    if path.suffix.lower() not in kinds:
+        raise ValueError(f"--output {path}: the ending must be one of {' '.join(kinds)}")
 
 
 def load_images(args):
@@ -301,9 +310,8 @@ def load_images(args):
     images = []
     for path, depth in find_depths(list_images([args.images]), args.depth).items():
         try:
-            image = to_tensor(read_image(path))
-            depth = None if depth is None else torch.from_numpy(read_depth(depth))[None, None]
-            images.append((image, depth))
+            depth = depth and torch.from_numpy(read_depth(depth))[None, None]
+            images.append((to_tensor(read_image(path)), depth))
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
     if not images:
@@ -332,15 +340,14 @@ def prompt_matrix(args, model, device):
     """Each task's images restored with each of the seven prompts: what a wrong prompt costs."""
     if model.prompt != "ep":
         raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
-    images = load_images(args)
+    images, path = load_images(args), result(args, "prompts.png")
     rows, pairs = [], validation_pairs(images, "in", args.seed)
     before = input_psnr(pairs)
     for task, examples in pairs.items():
-        scores = [float(np.mean([psnr(restored(model, lq, prompt, device, auto_tile(lq)),
-                                      to_image(gt)) for lq, gt in examples])) for prompt in TASKS]
+        scores = [float(np.mean([psnr(restored(model, lq, prompt, device), to_image(gt))
+                                 for lq, gt in examples])) for prompt in TASKS]
         rows.append([task, *scores, before[task]])
     print(markdown(["images \\ prompt", *TASKS, "input"], rows))
-    path = result(args, "prompts.png")
     matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)",
                    [*TASKS, "input"], [(row[0], row[1:]) for row in rows],
                    {(i, i) for i in range(len(TASKS))}, reference="last")
@@ -386,6 +393,7 @@ PAPER = {
     ("swinir", "M", "ap"): (25.40, 30.33, 30.22, 32.34, 33.77, 27.88, 33.20, 30.45, None, None),
     ("swinir", "S", "ap"): (26.04, 31.74, 31.40, 33.48, 36.94, 29.37, 34.99, 32.00, 26.86, 18.98),
 }
+GROUPS = ("In-Dis", "Out-Dis", "Unknown")
 _UNKNOWN = ("DIV2K_valid_LR_difficult", "DIV2K_valid_LR_mild", "DIV2K_valid_LR_wild",
             "valid-input-noisy")
 TESTSETS = {  # name: (group, task or None, folder of LQ, folder of GT)
@@ -428,54 +436,56 @@ def score_set(pairs, model, task, classifier, device, tile):
         lq, gt = to_tensor(read_image(lq_path)), read_image(gt_path)
         named = classify(classifier, lq, device)[0] if classifier else task
         h, w = (min(s) for s in zip(gt.shape[:2], lq.shape[2:]))      # an LQ may lack the last rows
-        y = restored(model, lq, named, device, tile or auto_tile(lq))
+        y = restored(model, lq, named, device, tile)
         values.append((psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])))
     return np.mean(values, 0).tolist()
+
+
+def score_sets(root, model, classifier, device, tile):
+    """{set's or group's name: [PSNR, SSIM]}, the sets in the folder root, then the groups' means.
+    Without a classifier an "ep" model is told the true task."""
+    present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
+    if not present:
+        raise ValueError(f"--testsets {root}: no such folder, or none of the published ones in "
+                         "it, such as single_indis/rain and original/GT")
+    scores, start = {}, time.monotonic()
+    for name in present:
+        _, task, lq_folder, gt_folder = TESTSETS[name]
+        if task is None and model.prompt == "ep" and not classifier:
+            raise ValueError(f"{name}: nobody knows this set's degradation; "
+                             "leave --oracle out, so that the classifier chooses the prompt")
+        pairs = match_pairs(root / lq_folder, root / gt_folder)
+        scores[name] = score_set(pairs, model, task, classifier, device, tile)
+        print(f"  {name}: {scores[name][0]:.2f} dB over {len(pairs)} images, "
+              f"{time.monotonic() - start:.0f} s so far", file=sys.stderr)
+    for group in GROUPS:
+        members = [scores[name] for name in present if TESTSETS[name][0] == group]
+        if members:
+            scores[group] = np.mean(members, 0).tolist()
+    return scores
 
 
 def testsets(args, model, info, device):
     """The table over whichever of the 19 sets are in the folder; the same as JSON beside it."""
     root = Path(args.testsets)
-    if not root.is_dir():
-        raise ValueError(f"--testsets {root}: no such folder")
-    present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
-    if not present:
-        raise ValueError(f"--testsets {root}: none of the published folders, "
-                         "such as single_indis/rain or original/GT")
-    missing = [name for name in TESTSETS if name not in present]
-    if missing:
-        print(f"not there, left out: {', '.join(missing)}", file=sys.stderr)
-    paper = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), (None,) * 10)
-    paper_of = {**dict(zip(ORDER, paper)), **dict(zip(("In-Dis", "Out-Dis", "Unknown"), paper[7:]))}
+    report = result(args, f"{Path(args.checkpoint).stem}.testsets.json")
     ask = model.prompt == "ep" and not args.oracle
     classifier = load_classifier(args.classifier, device) if ask else None
-    scores, start = {}, time.monotonic()
-    for name in present:
-        group, task, lq_folder, gt_folder = TESTSETS[name]
-        if task is None and model.prompt == "ep" and not ask:
-            raise ValueError(f"{name}: nobody knows this set's degradation; "
-                             "leave --oracle out, so that the classifier chooses the prompt")
-        pairs = match_pairs(root / lq_folder, root / gt_folder)
-        scores[name] = score_set(pairs, model, task, classifier, device, args.tile)
-        print(f"  {name}: {scores[name][0]:.2f} dB over {len(pairs)} images, "
-              f"{time.monotonic() - start:.0f} s so far", file=sys.stderr)
-    rows = [[name, *_beside(scores[name][0], paper_of.get(name)), f"{scores[name][1]:.4f}"]
-            for name in present]
-    for group in ("In-Dis", "Out-Dis", "Unknown"):
-        members = [scores[name] for name in present if TESTSETS[name][0] == group]
-        if members:
-            scores[group] = np.mean(members, 0).tolist()
-            complete = len(members) == sum(g == group for g, *_ in TESTSETS.values())
-            rows.append([f"{group} average",
-                         *_beside(scores[group][0], paper_of[group] if complete else None),
-                         f"{scores[group][1]:.4f}"])
-    convention = (f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, "
-                  + ("no prompt" if model.prompt is None
-                     else "adaptive prompt" if model.prompt == "ap"
-                     else "true task told (--oracle)" if args.oracle
-                     else "prompts chosen by the classifier"))
+    scores = score_sets(root, model, classifier, device, args.tile)
+    missing = [name for name in TESTSETS if name not in scores]
+    print(f"not there, left out: {', '.join(missing) or 'none'}", file=sys.stderr)
+    paper = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), (None,) * 10)
+    paper_of = dict(zip((*ORDER, *GROUPS), paper))
+    incomplete = {TESTSETS[name][0] for name in missing}      # their averages are not the paper's
+    rows = []
+    for name, (db, similarity) in scores.items():
+        stated = None if name in incomplete else paper_of.get(name)
+        beside = ("", "") if stated is None else (stated, f"{db - stated:+.2f}")
+        rows.append([name + " average" * (name in GROUPS), db, *beside, f"{similarity:.4f}"])
+    told = ("no prompt" if model.prompt is None else "adaptive prompt" if model.prompt == "ap" else
+            "prompts chosen by the classifier" if ask else "true task told (--oracle)")
+    convention = f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, {told}"
     print(markdown(["set", "PSNR", "paper", "difference", "SSIM"], rows) + f"\n\n{convention}")
-    report = result(args, f"{Path(args.checkpoint).stem}.testsets.json")
     report.write_text(json.dumps({
         "checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
         "psnr": {k: v[0] for k, v in scores.items()}, "ssim": {k: v[1] for k, v in scores.items()},
@@ -487,10 +497,6 @@ def testsets(args, model, info, device):
             sys.exit(f"eval.py: expected an In-Dis average of {args.expect:g} "
                      f"+- {args.tolerance:g} dB, got {got:.2f}")
         print(f"In-Dis average {got:.2f} dB: as expected")
-
-
-def _beside(ours, paper):
-    return (ours, "" if paper is None else paper, "" if paper is None else f"{ours - paper:+.2f}")
 
 
 # ---- Restoring one's own pictures ----------------------------------------------------------------
@@ -546,9 +552,6 @@ def save_picture(target, rgb, like):
 def restore_pictures(args, model, device):
     """--input FILE or DIR. A folder goes on after a bad file, names it, and the exit code is 1."""
     source = Path(args.input)
-    if args.task is None and model.prompt == "ep" and not (args.classifier or CLASSIFIER.exists()):
-        raise ValueError("this model wants to know the task: "
-                         f"add --task with one of {', '.join(TASKS)}")
     auto = model.prompt == "ep" and args.task in (None, "auto")
     classifier = load_classifier(args.classifier, device) if auto else None
     if args.task not in (None, "auto"):
@@ -556,8 +559,7 @@ def restore_pictures(args, model, device):
     if not source.is_dir():
         target = Path(args.output or source.with_name(source.stem + "_restored.png").name)
         target = target / source.name if target.is_dir() else target
-        if target.suffix.lower() not in FORMATS:
-            raise ValueError(f"--output {target}: the ending must be one of {' '.join(FORMATS)}")
+        check_ending(target, FORMATS)
         print(restore_picture(source, target, args, model, classifier, device))
         return
     if not args.output:
@@ -585,11 +587,10 @@ def interpolate(args, model, device):
         raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE "
                          "and --steps of at least 2")
     first, second = map(parse_task, names)
-    x = to_tensor(read_image(args.input))
+    x, path = to_tensor(read_image(args.input)), result(args, "interpolation.png")
     shares = [k / (args.steps - 1) for k in range(args.steps)]
-    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile or auto_tile(x))
+    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile)
               for s in shares]
-    path = result(args, "interpolation.png")
     strip_picture(path, ["input", *(f"{names[0]} {1 - s:.2f} {names[1]} {s:.2f}" for s in shares)],
                   [("", [to_image(x), *images])])
     print(f"picture: {path}")
@@ -634,9 +635,8 @@ def arguments(argv):
 
 
 def keep_freed_memory():
-    """Linux gives large freed blocks back and clears new ones, for every feature map: a twentieth
-    of the demo's time, and half of validation's. glibc is told to keep them (M_MMAP_MAX 0 and the
-    largest M_TRIM_THRESHOLD)."""
+    """Linux takes large freed blocks back and clears new ones, for every feature map: a twentieth
+    of the demo's time. glibc is told to keep them (M_MMAP_MAX 0, largest M_TRIM_THRESHOLD)."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
         mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)

@@ -160,10 +160,12 @@ class Backbone(nn.Module):
 
 # ---- SRResNet: 16 residual blocks without batch norm ("MSRResNet" of BasicSR, at scale 1) --------
 def conv3x3(in_channels, out_channels, bias=True):
+    """A 3x3 convolution that keeps height and width."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
 
 
 class ResidualBlock(nn.Module):
+    """EDSR's block, without batch norm: f + conv(relu(conv(f))), (N,width,H,W)."""
     def __init__(self, width):
         super().__init__()
         self.conv1 = conv3x3(width, width)
@@ -328,6 +330,7 @@ def init_linears(model):
 
 # ---- SwinIR: groups of Swin blocks at full resolution, between two convolutions ------------------
 class Mlp(nn.Sequential):
+    """The feed-forward half of a Swin block, on channels-last (...,dim); hidden: ratio * dim."""
     def __init__(self, dim, ratio):
         hidden = int(dim * ratio)
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -425,6 +428,7 @@ class GatedFeedForward(nn.Module):
 
 
 class RestormerBlock(nn.Module):
+    """Attention over channels, then the gated feed-forward, each around a skip; (N,dim,H,W)."""
     def __init__(self, dim, heads, expansion):
         super().__init__()
         self.norm1 = LayerNorm2d(dim)

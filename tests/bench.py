@@ -31,7 +31,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
-from eval import auto_tile, markdown, psnr, restored  # noqa: E402
+from eval import markdown, psnr, restored  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
 from train import peak_memory  # noqa: E402
 
@@ -246,7 +246,7 @@ def tiles(args, device):
         for task in ("noise", "rain", "haze"):
             scores = []
             for lq, gt in pairs[task]:
-                whole, tiled = (restored(model, lq, task, device, tile) for tile in (None, 512))
+                whole, tiled = (restored(model, lq, task, device, tile) for tile in (0, 512))
                 gt = degrade.to_image(gt)
                 scores.append((min(psnr(tiled, whole), 99.0), psnr(whole, gt), psnr(tiled, gt)))
             between, of_whole, of_tiled = np.mean(scores, 0)
@@ -376,7 +376,7 @@ def classical(args, device):
         before = [psnr(degrade.to_image(lq), degrade.to_image(gt)) for lq, gt in pairs[task]]
         scores = [before, apply_classical(task, method, best, pairs[task], noise)]
         for model in models:
-            scores.append([psnr(restored(model, lq, task, device, auto_tile(lq)), degrade.to_image(gt))
+            scores.append([psnr(restored(model, lq, task, device), degrade.to_image(gt))
                            for lq, gt in pairs[task]])
         said = ", ".join(f"{key} {value:g}" for key, value in best.items())
         rows.append([task, f"{name}{': ' if said else ''}{said}",

@@ -276,6 +276,8 @@ BAD_REQUESTS = {
     "auto without a classifier": (["--task", "auto", "--classifier", "nothing.pt"], ["nothing.pt", "--classifier"]),
     "a restorer as classifier": (["--task", "auto", "--classifier", "ep.pt"], ["not a task classifier"]),
     "an ending that is no picture's": (["--output", "out.doc"], ["out.doc", ".png"]),
+    "a folder for one picture": (["--interpolate", "noise,jpeg", "--output", "pictures"], ["pictures", ".png"]),
+    "a picture for a table": (["--input", "", "--testsets", ".", "--output", "sets.png"], ["sets.png", ".json"]),
     "negative tile": (["--tile", "-3"], ["--tile"]),
     "tile too small for its overlap": (["--tile", "8"], ["overlap"]),
     "prompts that are no file": (["--prompts", "nothing.npy"], ["nothing.npy"]),
