@@ -95,7 +95,6 @@ class Stage(NamedTuple):
 
 def stages(arch, seq=False, order=None, period=None):
     """The schedule, a list. Mixed: one stage, all tasks. Sequential: stage k trains the first k.
-
     order: letters of LETTERS, each at most once; the default is the paper's. period: iterations.
     Raises ValueError for letters that are unknown or repeated.
     """
@@ -115,7 +114,6 @@ def stages(arch, seq=False, order=None, period=None):
 
 def lr_at(iteration, periods, base_lr, eta_min):
     """Learning rate of the 1-based iteration: cosine from base_lr to eta_min, anew in each period.
-
     As published, the restart comes one iteration late: the first iteration of a later period still
     has eta_min (BasicSR's CosineAnnealingRestartLR counts a period's end to the period itself).
     """
@@ -148,6 +146,7 @@ class Args:
     depth: str = option(None, "depth maps of the photos, matched by name, for haze", metavar="DIR")
     leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
+    period: int = option(None, "iterations a stage; the last has 4 times as many (default: preset)")
     seed: int = option(0, "of weights, images, crops and degradations")
     out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
     resume: bool = option(False, "go on from OUT/last.pt")
@@ -168,7 +167,8 @@ class Args:
         """The arch's recipe with the preset's changes."""
         changes = {**PRESETS[self.preset], **SPECIAL.get((self.preset, self.arch), {})}
         sizes = {} if self.preset == "paper" else SMALL[self.arch]
-        return {**RECIPES[self.arch], "sizes": sizes, **changes}
+        period = {"period": self.period} if self.period else {}
+        return {**RECIPES[self.arch], "sizes": sizes, **changes, **period}
 
     @property
     def name(self):
@@ -193,7 +193,8 @@ def parse(argv):
     if args.precision not in ("fp32", "tf32", "bf16"):
         parser.error(f"--precision {args.precision}: choose fp32, tf32 or bf16; fp16 is not "
                      "offered, as SwinIR's activations overflow it")
-    for name, low in dict(accumulate=1, leaves=1, workers=0, save_every=1, val_every=0).items():
+    least = dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0)
+    for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")

@@ -263,6 +263,7 @@ def test_checkpointing_gives_the_same_gradients(arch, prompt):
     (["--accumulate", "0"], ["--accumulate", "1"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--arch", "classifier", "--prompt"], ["classifier", "--prompt"]),
+    (["--period", "0"], ["--period", "at least 1"]),
 ])
 def test_flags_that_cannot_work_are_refused(tmp_path, argv, words):
     with pytest.raises(SystemExit) as stopped:
@@ -289,3 +290,8 @@ def test_the_printed_plan_is_the_papers(arch, seq, capsys):
     if seq:
         assert [row[1].split() for row in rows][-1] == [train.LETTERS[c] for c in recipe["order"]]
     assert all(row[4] == "2.000e-04" for row in rows)
+
+
+def test_the_period_scales_the_schedule(capsys):
+    train.main(["--arch", "srresnet", "--seq", "--period", "7", "--print-plan"])
+    assert "4 x 7 |" in (said := capsys.readouterr().out) and "total: 70 iterations" in said
