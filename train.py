@@ -58,7 +58,7 @@ MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequ
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=1, expansion=8 / 3, prompt_width=32),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=8 / 3, prompt_width=16),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
     "classifier": dict(high_pass=True),
@@ -69,7 +69,7 @@ PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
     "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
     "study": dict(_SHORT, leaves=(64, 256), period=60),
-    "demo": dict(_SHORT, leaves=(64, 256), period=175),
+    "demo": dict(_SHORT, leaves=(64, 256), period=240),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
@@ -78,7 +78,7 @@ SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classi
     ("hours", "uformer"): _UFORMER, ("hours", "classifier"): dict(_CLASSIFIER, period=5000),
     ("demo", "uformer"): dict(_UFORMER, period=40), ("smoke", "uformer"): dict(crop=128),
     ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("study", "uformer"): _UFORMER,
-    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)),
+    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)), ("demo", "restormer"): dict(lr=2e-3),
     ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
 }
 
