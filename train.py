@@ -77,8 +77,8 @@ _UFORMER, _CLASSIFIER = dict(crop=128, batch=7), dict(crop=64, batch=28, lr=3e-3
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier more to look at
     ("hours", "uformer"): _UFORMER, ("hours", "classifier"): dict(_CLASSIFIER, period=5000),
     ("demo", "uformer"): dict(_UFORMER, period=40), ("smoke", "uformer"): dict(crop=128),
-    ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("study", "uformer"): _UFORMER,
-    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)), ("demo", "restormer"): dict(lr=2e-3),
+    ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("demo", "restormer"): dict(lr=2e-3),
+    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)), ("study", "uformer"): _UFORMER,
     ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
 }
 
