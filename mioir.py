@@ -237,6 +237,17 @@ def shift_mask(h, w, window, shift, device):
     return -100.0 * (region[:, :, None] != region[:, None, :])
 
 
+def attend(q, k, v, bias, fused):
+    """softmax(q k^T / sqrt(c) + bias) v. q, k, v: (N,windows,heads,T,c); bias: (1 or windows,heads,
+    T,T) -> (N,windows,heads,T,c). fused: in one kernel, best on a GPU; CPUs are faster without."""
+    if not fused:
+        return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(-1) @ v
+    windows, heads = q.shape[1:3]
+    bias = bias.to(q.dtype).expand(windows, -1, -1, -1).flatten(0, 1)[None]       # (1,w*heads,T,T)
+    out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias)
+    return out.unflatten(1, (windows, heads))
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside each window, with a learned bias per relative position."""
     def __init__(self, dim, heads, window):
@@ -252,13 +263,11 @@ class WindowAttention(nn.Module):
         """t: (N,windows,T,C), T = window^2; mask: (windows,T,T) or None -> (N,windows,T,C)."""
         n, windows, length, c = t.shape
         qkv = self.qkv(t).view(n, windows, length, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)        # each (N, windows*heads, T, c)
-        bias = self.bias_table[self.index].permute(2, 0, 1)                       # (heads,T,T)
-        bias = bias.expand(windows, -1, -1, -1) if mask is None else bias + mask[:, None]
-        # Windows and heads share one axis, so that one bias serves all images of the batch.
-        out = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1).to(q.dtype)[None])
-        out = out.unflatten(1, (windows, self.heads)).transpose(2, 3).flatten(3)  # (N,windows,T,C)
-        return self.project(out)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                    # each (N,windows,heads,T,c)
+        bias = self.bias_table[self.index].permute(2, 0, 1)[None]                 # (1,heads,T,T)
+        bias = bias if mask is None else bias + mask[:, None]               # (windows,heads,T,T)
+        out = attend(q, k, v, bias, fused=t.device.type != "cpu")
+        return self.project(out.transpose(2, 3).flatten(3))                       # (N,windows,T,C)
 
 
 class DropPath(nn.Module):

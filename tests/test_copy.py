@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 HEADER = ("import functools, hashlib, math, re\nimport torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
           "from torch.utils.checkpoint import checkpoint\n")
 BACKBONE = ["Extractor", "PromptPath", "unmodulated", "random_prompts", "reflect_pad", "TASKS", "Backbone"]
-WINDOW = ["to_windows", "from_windows", "relative_position_index", "shift_mask", "WindowAttention", "DropPath", "WindowBlock",
+WINDOW = ["to_windows", "from_windows", "relative_position_index", "shift_mask", "attend", "WindowAttention", "DropPath", "WindowBlock",
           "WindowStage", "init_linears"]
 RESTORMER = ["conv3x3", "LayerNorm2d", "ChannelAttention", "GatedFeedForward", "RestormerBlock", "half", "double"]
 # symbol: (file, what else it needs, a line that must run)

@@ -229,3 +229,16 @@ def test_import_builds_and_prints_nothing():
             "assert torch.equal(before, torch.random.get_rng_state())")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("windows", (1, 3))
+def test_attention_in_one_kernel_is_the_plain_formula(windows):
+    """CPUs take the formula, GPUs the kernel: forward and gradients agree, with one bias for all windows or one for each."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(2, 3, 4, 16, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs.append(torch.randn(windows, 4, 16, 16, generator=generator, dtype=torch.float64, requires_grad=True))
+    plain, fused = (mioir.attend(*inputs, fused) for fused in (False, True))
+    assert torch.allclose(plain, fused, atol=1e-12)
+    towards = torch.randn(plain.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, towards) for out in (plain, fused))):
+        assert torch.allclose(a, b, atol=1e-12)
