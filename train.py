@@ -216,8 +216,7 @@ def print_plan(args):
                      f"{len(stage.periods)} x {stage.periods[0]}", *(f"{lr:.3e}" for lr in rates)])
     print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first",
                     "lr middle", "lr last"], rows))
-    print(f"\ntotal: {sum(row[2] for row in rows)} iterations; "
-          "each stage starts with a fresh optimiser")
+    print(f"\ntotal: {sum(row[2] for row in rows)} iterations; each stage has a fresh optimiser")
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
@@ -359,8 +358,9 @@ class Machine:
         """The model as it is called in training."""
         if self.args.checkpointing:
             recompute_blocks(model)
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)
+        for p in model.parameters():
+            if self.channels_last and p.ndim == 4:            # PromptIR's prompts have five axes
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
         if self.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.args.compile else model

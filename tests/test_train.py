@@ -125,7 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, tiny
 @pytest.mark.parametrize("arch, flags", [
     ("srresnet", ["--prompt", "ap", "--seq"]), ("restormer", []), ("swinir", ["--prompt"]),
     ("uformer", ["--seq", "--order", "r"]),
-    ("promptir", []), ("classifier", [])])
+    ("promptir", ["--channels-last"]), ("classifier", [])])
 def test_other_variants_train(tmp_path, arch, flags, monkeypatch, tiny):
     monkeypatch.setitem(train.PRESETS["smoke"], "period", 1)
     run("--arch", arch, *flags, "--preset", "smoke", "--out", tmp_path / "out")
