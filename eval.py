@@ -228,7 +228,7 @@ def task_strips(path, model, pairs, device):
 
 # ---- Which prompt: the user's word, or the classifier's ------------------------------------------
 
-MODEL = Path(__file__).parent / "assets" / "restormer.pt"                 # these two are shipped
+MODEL = Path(__file__).parent / "assets" / "srresnet.pt"                  # these two are shipped
 CLASSIFIER = MODEL.with_name("classifier.pt")
 
 

@@ -6,7 +6,7 @@
     python tests/bench.py data                       # crops/s from PNG files and from the cache; degradation
     python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
     python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
-    python tests/bench.py classical assets/restormer.pt --tune DIR --images DIR   # against classical methods
+    python tests/bench.py classical assets/srresnet.pt --tune DIR --images DIR   # against classical methods
     python tests/bench.py study                      # the paper's Table 3 in miniature: 14 trainings
 
 "Transcription" means the published layers written down as they stand: attention by explicit softmax

@@ -28,7 +28,7 @@ def test_shipped_weights_gain_what_is_stated():
     photos = [(to_tensor(read_image(ASSETS / "photos" / f"{name}.png")), None) for name in ("coffee", "tulips")]
     rows = evaluation.evaluate(model, validation_pairs(photos), "cpu", lambda text: None)
     measured, stated = {row[0]: row[3] for row in rows if row[0] in mioir.TASKS}, stated_gains()
-    assert (info["arch"], info["prompt"]) == ("restormer", "ep") and set(stated) == set(mioir.TASKS)
+    assert (info["arch"], info["prompt"]) == ("srresnet", "ep") and set(stated) == set(mioir.TASKS)
     for task, gain in stated.items():
         assert measured[task] == pytest.approx(gain, abs=0.05), task
 
