@@ -69,7 +69,7 @@ PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
     "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
     "study": dict(_SHORT, leaves=(64, 256), period=60),
-    "demo": dict(_SHORT, leaves=(64, 256), period=240),
+    "demo": dict(_SHORT, leaves=(64, 256), period=300),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
@@ -77,7 +77,7 @@ _UFORMER, _CLASSIFIER = dict(crop=128, batch=7), dict(crop=64, batch=28, lr=3e-3
 SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier more to look at
     ("hours", "uformer"): _UFORMER, ("hours", "classifier"): dict(_CLASSIFIER, period=5000),
     ("demo", "uformer"): dict(_UFORMER, period=40), ("smoke", "uformer"): dict(crop=128),
-    ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("demo", "restormer"): dict(lr=2e-3),
+    ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("demo", "restormer"): dict(lr=15e-4),
     ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)), ("study", "uformer"): _UFORMER,
     ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
 }
