@@ -291,8 +291,8 @@ def evaluate(model, pairs, device, say):
 def result(args, name):
     """--output, or a file beside the checkpoint; for the shipped one, in the working folder."""
     folder = Path() if args.checkpoint == MODEL else Path(args.checkpoint).parent
-    path, kinds = Path(args.output or folder / name), [".json"] if ".json" in name else FORMATS
-    check_ending(path, kinds)
+    path = Path(args.output or folder / name)
+    check_ending(path, [".json"] if name.endswith(".json") else FORMATS)
     return path
 
 
@@ -441,13 +441,9 @@ def score_set(pairs, model, task, classifier, device, tile):
     return np.mean(values, 0).tolist()
 
 
-def score_sets(root, model, classifier, device, tile):
-    """{set's or group's name: [PSNR, SSIM]}, the sets in the folder root, then the groups' means.
-    Without a classifier an "ep" model is told the true task."""
-    present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
-    if not present:
-        raise ValueError(f"--testsets {root}: no such folder, or none of the published ones in "
-                         "it, such as single_indis/rain and original/GT")
+def score_sets(root, present, model, classifier, device, tile):
+    """{set's or group's name: [PSNR, SSIM]}: the sets present in the folder root, then the groups'
+    means. Without a classifier an "ep" model is told the true task."""
     scores, start = {}, time.monotonic()
     for name in present:
         _, task, lq_folder, gt_folder = TESTSETS[name]
@@ -469,11 +465,15 @@ def testsets(args, model, info, device):
     """The table over whichever of the 19 sets are in the folder; the same as JSON beside it."""
     root = Path(args.testsets)
     report = result(args, f"{Path(args.checkpoint).stem}.testsets.json")
+    present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
+    if not present:
+        raise ValueError(f"--testsets {root}: no such folder, or none of the published ones in "
+                         "it, such as single_indis/rain and original/GT")
+    missing = [name for name in TESTSETS if name not in present]
+    print(f"not there, left out: {', '.join(missing) or 'none'}", file=sys.stderr)
     ask = model.prompt == "ep" and not args.oracle
     classifier = load_classifier(args.classifier, device) if ask else None
-    scores = score_sets(root, model, classifier, device, args.tile)
-    missing = [name for name in TESTSETS if name not in scores]
-    print(f"not there, left out: {', '.join(missing) or 'none'}", file=sys.stderr)
+    scores = score_sets(root, present, model, classifier, device, args.tile)
     paper = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), (None,) * 10)
     paper_of = dict(zip((*ORDER, *GROUPS), paper))
     incomplete = {TESTSETS[name][0] for name in missing}      # their averages are not the paper's

@@ -146,7 +146,7 @@ class Args:
     depth: str = option(None, "depth maps of the photos, matched by name, for haze", metavar="DIR")
     leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
-    period: int = option(None, "iterations a stage; the last has 4 times as many (default: preset)")
+    period: int = option(None, "iterations of a cosine period (default: by preset)")
     seed: int = option(0, "of weights, images, crops and degradations")
     out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
     resume: bool = option(False, "go on from OUT/last.pt")
@@ -358,8 +358,8 @@ class Machine:
         """The model as it is called in training."""
         if self.args.checkpointing:
             recompute_blocks(model)
-        for p in model.parameters():
-            if self.channels_last and p.ndim == 4:            # PromptIR's prompts have five axes
+        if self.channels_last:
+            for p in (p for p in model.parameters() if p.ndim == 4):   # PromptIR's prompts have 5
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
         if self.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model)
