@@ -674,6 +674,13 @@ class ImageCache:
     def __len__(self):
         return len(self.names)
 
+    @property
+    def identity(self):
+        """What must stay the same when a run goes on: the images' names, sizes and order. The last
+        part of a name, of path and time, may differ, so that a run survives its data being moved."""
+        kept = [name.rpartition("-")[0] for name in self.names]
+        return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}"
+
     def size(self, k):
         return self.sizes[self.names[k]]
 
@@ -717,12 +724,14 @@ class ImageFiles(ImageCache):
 
 
 def photo_items(folders, depth_folder=None):
-    """Items of an ImageCache. A name holds path, size and time: a changed file is read anew."""
+    """Items of an ImageCache: (name, how to make it, from what). A name is stem-size-fingerprint;
+    the fingerprint is of path, size and time, so that a changed file is read anew."""
     items = []
     for path, depth in find_depths(list_images(folders), depth_folder).items():
         facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
                  for p in (path, depth) if p]
-        name = f"{path.stem[:40]}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+        size, fingerprint = sum(f[1] for f in facts), hashlib.sha256(repr(facts).encode())
+        name = f"{path.stem[:40]}-{size}-{fingerprint.hexdigest()[:16]}"
         items.append((name, _make_photo, (path, depth)))
     return items
 

@@ -106,12 +106,20 @@ def unmodulated(site, f):
     return f
 
 
-def random_prompts(seed=0, grain=1):
-    """Seven fixed prompt images, uniform in [0,1): (7,128,128). That they differ is enough; by more
-    if in squares of `grain` pixels, for runs of minutes. The published ones: a file, type7.npy."""
+def random_prompts(seed=0):
+    """Seven fixed prompt images, uniform in [0,1): (7,128,128). That they differ is enough for a
+    long run. The published ones: a file, type7.npy."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = torch.rand(len(TASKS), 128 // grain, 128 // grain, generator=generator, device="cpu")
-    return prompts.repeat_interleave(grain, 1).repeat_interleave(grain, 2)
+    return torch.rand(len(TASKS), 128, 128, generator=generator, device="cpu")
+
+
+def striped_prompts():
+    """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
+    black and white stripes, and a white one. (7,128,128)."""
+    steps = torch.arange(128, device="cpu")
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
+    return (torch.stack(stripes) % 2).float()
 
 
 class Backbone(nn.Module):

@@ -34,7 +34,8 @@ from degrade import (ImageCache, ImageFiles, builtin_images, leaf_items, make_ba
                      sample, seeded, task_of, validation_pairs)
 from eval import (confusion, confusion_text, curves_picture, input_psnr, keep_freed_memory,
                   markdown, matrix_picture, mean_psnr, task_strips)
-from mioir import ARCHS, TASKS, TaskClassifier, build_model, random_prompts, recompute_blocks
+from mioir import (ARCHS, TASKS, TaskClassifier, build_model, random_prompts, recompute_blocks,
+                   striped_prompts)
 
 # ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
 
@@ -54,7 +55,7 @@ LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier s
 MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequential has, 6 + 4
 
 # Presets change the recipe; SMALL shrinks the model. leaves, validate: (how many, edge) of training
-# images if there is no --data, and of validation images. prompt_grain: see mioir.random_prompts.
+# images if there is no --data, and of validation images. prompts: what makes the "ep" prompts.
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
@@ -64,7 +65,7 @@ SMALL = {
     "classifier": dict(high_pass=True),
 }
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
-              crop=32, ema=0.99, channels_last=True, prompt_grain=64)
+              crop=32, ema=0.99, channels_last=True, prompts=striped_prompts)
 PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
     "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
@@ -232,7 +233,7 @@ class Run:
             self.model = (TaskClassifier(**self.recipe["sizes"]) if args.arch == "classifier" else
                           build_model(args.arch, args.prompt, **self.recipe["sizes"])).to(device)
         if args.prompt == "ep":
-            self.model.prompts.copy_(random_prompts(grain=self.recipe.get("prompt_grain", 1)))
+            self.model.prompts.copy_(self.recipe.get("prompts", random_prompts)())
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.stage, self.iteration = 0, 0                    # this stage, and iterations done in it
         self.table = []                                         # [(name, {task: PSNR}), ...]
@@ -245,14 +246,13 @@ class Run:
             parameters, recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"],
             fused=not parameters[0].is_meta)                     # one kernel for all parameters
 
-    def identify(self, names):
-        """Notes what must stay the same when the run goes on; names: of the images, in order."""
+    def identify(self, data):
+        """Notes what must stay the same when the run goes on; data: ImageCache.identity."""
         kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
         self.facts = {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed,
                       "order": [list(stage.tasks) for stage in self.stages],
                       "periods": [list(stage.periods) for stage in self.stages],
-                      "data": f"{len(names)} images, fingerprint {seeded(*names).initial_seed():x}",
-                      **{key: self.recipe[key] for key in kept}}
+                      "data": data, **{key: self.recipe[key] for key in kept}}
 
     def save(self, keep=None):
         """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name."""
@@ -614,7 +614,7 @@ def train(args):
         dist.barrier()
         source = source or open_images(args, lambda text: None)
     run = Run(args, machine.device)
-    run.identify(source.names)
+    run.identify(source.identity)
     net = machine.wrap(run.model)
     log = Log(run, machine)
     try:

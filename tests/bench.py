@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,13 +28,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
 from eval import markdown, psnr, restored  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
-from train import peak_memory  # noqa: E402
 
 
 # ---- The transcription: classes that take over our modules' weights ------------------------------------
@@ -157,37 +159,63 @@ def networks(args, device):
 
 # ---- Memory -------------------------------------------------------------------------------------------
 
-def memory(args, device):
-    """Each figure comes from a fresh process: peak of one training step over the model and its gradients."""
-    rows = []
-    for arch in args.arch:
-        peaks = []
-        for kind in ("theirs", "ours", "checkpointing"):
-            command = [sys.executable, __file__, "memory", "--child", kind, "--arch", arch, "--size", str(args.size),
-                       "--batch", str(args.batch)]
-            # glibc then gives every freed tensor back at once, so that the peak is of what lives, not of holes.
-            exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-            said = subprocess.run(command, check=True, capture_output=True, text=True, env=exact).stdout
-            peaks.append(float(said.split()[-1]))
-        rows.append([arch, *(f"{p:.2f}" for p in peaks), f"{peaks[1] / peaks[0]:.2f}", f"{peaks[2] / peaks[0]:.2f}"])
-        print(rows[-1], flush=True)
-    print(markdown(["GB per sample", "theirs", "ours", "--checkpointing", "ours / theirs", "checkpointing / theirs"], rows))
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside `with` that live at the same time; `peak`: the most."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live = {t.untyped_storage()._cdata: 0 for t in known}       # not counted: there before
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key = storage._cdata
+        if key not in self.live:                                         # else a view, or in place
+            self.live[key] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.bytes -= self.live.pop(key)
 
 
-def memory_child(args, device):
-    ours, theirs = pair(args.arch[0], device)
-    model = theirs if args.child == "theirs" else ours
-    del ours, theirs
-    if args.child == "checkpointing":
-        recompute_blocks(model)
-    small = torch.rand(1, 3, 128, 128, device=device)[:, :, :, :]
+def step_memory(model, args, device):
+    """GB per sample that a training step needs beside the model and its gradients. A GPU counts it itself; else
+    it is counted on torch's meta device, where tensors have sizes but no content: exact, and over in seconds."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    before = peak_memory(device)
-    x = small.repeat(args.batch, 1, args.size // 128, args.size // 128)
-    loss = (model.train()(x, torch.arange(args.batch, device=device) % len(TASKS)) - x).abs().mean()
-    loss.backward()
-    print((peak_memory(device) - before) / args.batch)
+    x = torch.rand(args.batch, 3, args.size, args.size, device=device)
+    task = torch.arange(args.batch, device=device) % len(TASKS)
+
+    def step():
+        (model.train()(x, task) - x).abs().mean().backward()
+    if device.type == "cuda":
+        step()                                                           # libraries take their own share first
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / args.batch / 1e9
+    with LiveTensors([*model.state_dict().values(), *(p.grad for p in model.parameters())]) as tensors:
+        step()
+    return tensors.peak / args.batch / 1e9
+
+
+def memory(args, device):
+    rows, device = [], device if device.type == "cuda" else torch.device("meta")
+    for arch in args.arch:
+        ours, theirs = pair(arch, device)
+        peaks = [step_memory(theirs, args, device), step_memory(ours, args, device)]
+        recompute_blocks(ours)
+        peaks.append(step_memory(ours, args, device))
+        rows.append([arch, *(f"{p:.3f}" for p in peaks), f"{peaks[1] / peaks[0]:.2f}", f"{peaks[2] / peaks[0]:.2f}"])
+    print(markdown(["GB per sample", "theirs", "ours", "--checkpointing", "ours / theirs", "checkpointing / theirs"], rows))
 
 
 # ---- Data ---------------------------------------------------------------------------------------------
@@ -263,8 +291,9 @@ def tiles(args, device):
 # ---- Classical methods: what a learned model has to beat ---------------------------------------------
 
 def box(x, r):
-    """Mean over the (2r+1)^2 neighbours that lie inside the image."""
-    return F.avg_pool2d(x, 2 * r + 1, 1, r, count_include_pad=False)
+    """Mean over the (2r+1)^2 neighbours that lie inside the image: along columns, then along rows."""
+    x = F.avg_pool2d(x, (2 * r + 1, 1), 1, (r, 0), count_include_pad=False)
+    return F.avg_pool2d(x, (1, 2 * r + 1), 1, (0, r), count_include_pad=False)
 
 
 def neighbours(x, r):
@@ -442,12 +471,11 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, "
           f"{torch.get_num_threads()} threads")
-    {"networks": networks, "memory": memory_child if args.child else memory, "data": data, "pixels": pixels,
+    {"networks": networks, "memory": memory, "data": data, "pixels": pixels,
      "tiles": tiles, "classical": classical, "study": study}[args.what](args, device)
 
 

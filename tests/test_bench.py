@@ -1,9 +1,12 @@
 """What tests/bench.py compares with must be right too: the classical methods, the study's commands."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import bench
 import degrade
+import mioir
 import train
 from eval import psnr
 
@@ -44,3 +47,25 @@ def test_the_studys_commands_are_sequential_or_mixed_with_equal_iterations(name)
     plan = train.stages(args.arch, args.seq, args.order, args.recipe["period"])
     assert sum(stage.iterations for stage in plan) == 600 and (len(plan) == 7) == ("S" in name)
     assert (args.prompt or "").upper() == name.split(",")[0].partition("+")[2]
+
+
+def test_live_tensors_counts_what_lives_at_the_same_time():
+    x = torch.zeros(1000, device="meta")
+    with bench.LiveTensors([x]) as tensors:
+        a = x + 1                                                       # one tensor of 4000 bytes
+        a.view(10, 100).mul_(2)                                         # none: a view, in place
+        b = a + 1                                                       # two
+        del a
+        b.sin().cos()                                                   # three at once, were a still there
+    assert tensors.peak == 3 * 4000 and tensors.bytes == 4000
+
+
+@pytest.mark.parametrize("arch, least, most", [("restormer", 0.7, 0.25), ("uformer", 0.9, 0.25),
+                                               ("srresnet", 0.9, 0.75)])
+def test_checkpointing_leaves_a_fraction_of_the_memory(arch, least, most):
+    args, meta = SimpleNamespace(batch=1, size=128), torch.device("meta")
+    ours, theirs = bench.pair(arch, meta)
+    published, plain = (bench.step_memory(model, args, meta) for model in (theirs, ours))
+    mioir.recompute_blocks(ours)
+    assert least * published < plain < 1.01 * published
+    assert bench.step_memory(ours, args, meta) < most * published

@@ -201,3 +201,18 @@ def test_an_output_folder_with_another_run_is_refused(finished, capsys):
     with pytest.raises(SystemExit, match="seed: 0 then, 3 now"):
         smoke(finished, "--resume", "--seed", 3)
     assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_when_its_photos_have_moved_but_not_when_they_have_changed(tmp_path, tiny):
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for name in "ab":
+        Image.fromarray(pixels).save(here / f"{name}.png")
+    argv = ("--arch", "srresnet", "--preset", "smoke", "--order", "n", "--out", tmp_path / "out", "--data")
+    run(*argv, here)
+    here.rename(there)
+    run(*argv, there, "--resume")
+    Image.fromarray(pixels // 2).save(there / "b.png")
+    with pytest.raises(SystemExit, match="data: 2 images, fingerprint .* then, 2 images"):
+        run(*argv, there, "--resume")
