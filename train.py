@@ -59,7 +59,7 @@ MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequ
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=8 / 3, prompt_width=16),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
     "classifier": dict(high_pass=True),
