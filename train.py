@@ -70,7 +70,7 @@ PRESETS = {
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
     "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
     "study": dict(_SHORT, leaves=(64, 256), period=60),
-    "demo": dict(_SHORT, leaves=(64, 256), period=300),
+    "demo": dict(_SHORT, leaves=(64, 256), period=200),
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
