@@ -677,7 +677,7 @@ class ImageCache:
     @property
     def identity(self):
         """What must stay the same when a run goes on: the images' names, sizes and order. The last
-        part of a name, of path and time, may differ, so that a run survives its data being moved."""
+        part of a name, of path and time, may differ: a run survives its data being moved."""
         kept = [name.rpartition("-")[0] for name in self.names]
         return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}"
 

@@ -7,11 +7,11 @@
     python eval.py runs/demo/last.pt --prompt-matrix                  # what a wrong prompt costs
 
 Metrics are the paper's: PSNR and SSIM on 8-bit RGB, output clamped and rounded, 4 border pixels
-cut, averaged over the images of a set; raw weights, not EMA.
-Source: paper, Section 5.1, and BasicSR.
+cut, averaged over the images of a set; raw weights, not EMA. Source: paper, Section 5.1; BasicSR.
 """
 import argparse
 import ctypes
+import functools
 import json
 import re
 import sys
@@ -97,11 +97,19 @@ def confusion(classifier, pairs, device):
 def restored(model, lq, task, device, tile=None):
     """(1,3,H,W) -> (H,W,3) uint8. task: a name or (1,7) weights; only "ep" models need one.
     tile: edge of the tiles in pixels; None: by `auto_tile`; 0: the image is run whole."""
-    if isinstance(task, str):
-        task = torch.tensor([TASKS.index(task)])
-    tile = auto_tile(lq) if tile is None else tile
+    task = torch.tensor([TASKS.index(task)]) if isinstance(task, str) else task
     task = None if task is None else task.to(device)
-    return to_image(restore(model, lq.to(device), task, tile or None))
+    tile = auto_tile(lq) if tile is None else tile
+    report = functools.partial(show_tiles, time.monotonic())
+    return to_image(restore(model, lq.to(device), task, tile or None, report=report))
+
+
+def show_tiles(start, done, tiles):
+    """Tells a person at a terminal how far a large picture is."""
+    if sys.stderr.isatty():
+        left = (time.monotonic() - start) / done * (tiles - done)
+        print(f"\r  tile {done} of {tiles}, {left:.0f} s left ", end="\n" * (done == tiles),
+              file=sys.stderr, flush=True)
 
 
 def auto_tile(x):
@@ -125,7 +133,6 @@ def markdown(header, rows):
 
 def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     """Draws a table of numbers: each cell green by its gain on its reference, red by its loss.
-
     rows: [(name, [number, ...]), ...]. reference: "first" row, same column, or "last" column,
     same row. outlined: set of (row, column) to frame, such as the tasks a stage trains on.
     """
@@ -303,8 +310,7 @@ def check_ending(path, kinds):
 
 
 def load_images(args):
-    """[(image (1,3,H,W), depth (1,1,h,w) or None), ...] of --images, or built in; bad files are
-    named and skipped."""
+    """[(image (1,3,H,W), depth or None), ...]: built in, or of --images; bad files are skipped."""
     if not args.images:
         return builtin_images()
     images = []
@@ -321,8 +327,7 @@ def load_images(args):
 
 def table(args, model, device):
     """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture."""
-    images = load_images(args)
-    strips = result(args, "strips.png")
+    images, strips = load_images(args), result(args, "strips.png")
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
     for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
         pairs = validation_pairs(images, split, args.seed)
@@ -344,9 +349,8 @@ def prompt_matrix(args, model, device):
     rows, pairs = [], validation_pairs(images, "in", args.seed)
     before = input_psnr(pairs)
     for task, examples in pairs.items():
-        scores = [float(np.mean([psnr(restored(model, lq, prompt, device), to_image(gt))
-                                 for lq, gt in examples])) for prompt in TASKS]
-        rows.append([task, *scores, before[task]])
+        scores = mean_psnr(model, dict.fromkeys(TASKS, examples), device)   # one for each prompt
+        rows.append([task, *scores.values(), before[task]])
     print(markdown(["images \\ prompt", *TASKS, "input"], rows))
     matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)",
                    [*TASKS, "input"], [(row[0], row[1:]) for row in rows],
@@ -515,9 +519,8 @@ def restore_picture(source, target, args, model, classifier, device):
     name = args.task
     if classifier is not None:
         name, confidence = classify(classifier, x, device)
-        notes.append(f"task {name}, {100 * confidence:.0f} % sure"
-                     + ("" if confidence > 0.6
-                        else " - low: look at it, or name the task with --task"))
+        doubt = "" if confidence > 0.6 else " - low: look at it, or name the task with --task"
+        notes.append(f"task {name}, {100 * confidence:.0f} % sure{doubt}")
     task = parse_task(name) if model.prompt == "ep" else None
     tile = args.tile or auto_tile(x)
     if tile:
@@ -589,8 +592,7 @@ def interpolate(args, model, device):
     first, second = map(parse_task, names)
     x, path = to_tensor(read_image(args.input)), result(args, "interpolation.png")
     shares = [k / (args.steps - 1) for k in range(args.steps)]
-    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile)
-              for s in shares]
+    images = [restored(model, x, (1 - s) * first + s * second, device, args.tile) for s in shares]
     strip_picture(path, ["input", *(f"{names[0]} {1 - s:.2f} {names[1]} {s:.2f}" for s in shares)],
                   [("", [to_image(x), *images])])
     print(f"picture: {path}")
@@ -611,8 +613,7 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="of the degradations")
     add("--testsets", metavar="DIR", help="evaluate on the published test sets in this folder")
     add("--oracle", action="store_true", help="with --testsets: tell the true task")
-    add("--expect", type=float, metavar="DB",
-        help="with --testsets: fail unless the In-Dis average is this")
+    add("--expect", type=float, metavar="DB", help="with --testsets: fail unless In-Dis gives this")
     add("--tolerance", type=float, default=0.05, metavar="DB")
     add("--prompt-matrix", action="store_true", help="each task's images with each prompt")
     add("--interpolate", metavar="A,B", help="with --input: a strip from prompt A to B")
@@ -646,8 +647,7 @@ def export(path, model, info):
     """The weights alone, in half precision: a seventh of train.py's file; loads as that does."""
     if info["published"]:
         raise ValueError("--export takes a checkpoint of train.py")
-    half = {name: t.half() if t.is_floating_point() else t for name, t in
-            model.state_dict().items()}
+    half = {k: t.half() if t.is_floating_point() else t for k, t in model.state_dict().items()}
     with whole_file(path) as unfinished:
         torch.save({**info, "raw": half, "ema": half}, unfinished)
     print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")

@@ -867,12 +867,13 @@ def pad_for(model, x, square):
 
 
 @torch.no_grad()
-def restore(model, x, task=None, tile=None, overlap=None):
+def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """Restores images of any height and width: pads, runs, cuts back; does not clamp.
     model: a backbone. x: (N,3,H,W) in [0,1]. task: as in Backbone.modulation. An "ap" model reads
     the padded image. tile: edge of square tiles in pixels (rounded up to the model's multiple), so
     that memory stays bounded; None runs the image whole. overlap: pixels that neighbours share, at
-    least twice model.context; the default suits the backbone. Returns y: (N,3,H,W)."""
+    least twice model.context; the default suits the backbone. report(done, tiles) is called after
+    each tile. Returns y: (N,3,H,W)."""
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
     was_training = model.training
@@ -883,12 +884,12 @@ def restore(model, x, task=None, tile=None, overlap=None):
         y = model(padded, modulate=modulate)
     else:
         overlap = model.overlap if overlap is None else overlap
-        y = _restore_tiled(model, padded, modulate, tile, overlap)
+        y = _restore_tiled(model, padded, modulate, tile, overlap, report)
     model.train(was_training)
     return y[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
-def _restore_tiled(model, x, modulate, tile, overlap):
+def _restore_tiled(model, x, modulate, tile, overlap, report):
     """Tiles blended by trapezoids: weight 0 within model.context of an inner border, where a tile
     lacks its neighbours, then a ramp over the rest of the overlap, then one."""
     tile = max(-(-tile // model.multiple), 1) * model.multiple
@@ -896,14 +897,17 @@ def _restore_tiled(model, x, modulate, tile, overlap):
         raise ValueError(f"overlap must lie between {2 * model.context + 1} and {tile - 1}, "
                          f"not {overlap}")
     y, total = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
-    for top in _starts(x.shape[2], tile, overlap):
-        for left in _starts(x.shape[3], tile, overlap):
-            window = (..., slice(top, top + tile), slice(left, left + tile))
-            part = x[window]
-            weight = (_trapezoid(top, part.shape[2], x.shape[2], overlap, model.context, x)[:, None]
-                      * _trapezoid(left, part.shape[3], x.shape[3], overlap, model.context, x))
-            y[window] += model(part, modulate=modulate) * weight
-            total[window] += weight
+    corners = [(top, left) for top in _starts(x.shape[2], tile, overlap)
+               for left in _starts(x.shape[3], tile, overlap)]
+    for count, (top, left) in enumerate(corners, 1):
+        window = (..., slice(top, top + tile), slice(left, left + tile))
+        part = x[window]
+        weight = (_trapezoid(top, part.shape[2], x.shape[2], overlap, model.context, x)[:, None]
+                  * _trapezoid(left, part.shape[3], x.shape[3], overlap, model.context, x))
+        y[window] += model(part, modulate=modulate) * weight
+        total[window] += weight
+        if report:
+            report(count, len(corners))
     return y / total
 
 

@@ -406,3 +406,16 @@ def test_help_shows_three_worked_examples(module, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(["--help"])
     assert not stopped.value.code and capsys.readouterr().out.count(f"python {module.__name__}.py ") >= 3
+
+
+def test_a_terminal_is_told_how_far_a_large_picture_is(files, monkeypatch, capsys):
+    model, _ = mioir.load_model(files / "ep.pt")
+    lq = torch.rand(1, 3, 70, 250)
+    evaluation.restored(model, lq, "noise", torch.device("cpu"), tile=112)
+    assert capsys.readouterr().err == ""                     # a log file needs no counter
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    evaluation.restored(model, lq, "noise", torch.device("cpu"), tile=112)
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert [line.split(",")[0].strip() for line in lines] == [f"tile {k} of {len(lines)}" for k in
+                                                              range(1, len(lines) + 1)]
+    assert len(lines) > 1 and lines[-1].endswith("0 s left \n")
