@@ -498,7 +498,7 @@ def to_tensor(image):
 def to_image(x):
     """(1,3,H,W) or (3,H,W) in [0,1], clamped and rounded -> (H,W,3) uint8."""
     x = x[0] if x.ndim == 4 else x
-    return (x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    return (x * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 @contextlib.contextmanager

@@ -850,6 +850,8 @@ def reflect_pad(x, left, right, top, bottom):
         at = torch.arange(-before, size + after, device=x.device) % period
         return torch.minimum(at, period - at) if size > 1 else at * 0
     h, w = x.shape[2:]
+    if not (left or right or top or bottom):
+        return x                                         # F.pad would copy it
     if max(left, right) < w and max(top, bottom) < h:
         return F.pad(x, (left, right, top, bottom), mode="reflect")               # the same, faster
     return x[:, :, reflected(h, top, bottom)][:, :, :, reflected(w, left, right)]
@@ -908,7 +910,7 @@ def _restore_tiled(model, x, modulate, tile, overlap, report):
         total[window] += weight
         if report:
             report(count, len(corners))
-    return y / total
+    return y.div_(total)                               # in place: a large picture is large
 
 
 def _starts(size, tile, overlap):
