@@ -123,10 +123,13 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
+def forward_backward(model, x, task):
+    (model.train()(x, task) - x).abs().mean().backward()
+
+
 def training_step(model, x, task):
-    model.train()
     model.zero_grad(set_to_none=True)
-    (model(x, task) - x).abs().mean().backward()
+    forward_backward(model, x, task)
 
 
 @torch.no_grad()
@@ -193,17 +196,14 @@ def step_memory(model, args, device):
         p.grad = torch.zeros_like(p)
     x = torch.rand(args.batch, 3, args.size, args.size, device=device)
     task = torch.arange(args.batch, device=device) % len(TASKS)
-
-    def step():
-        (model.train()(x, task) - x).abs().mean().backward()
     if device.type == "cuda":
-        step()                                                           # libraries take their own share first
+        forward_backward(model, x, task)                                 # libraries take their own share first
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        forward_backward(model, x, task)
         return (torch.cuda.max_memory_allocated() - before) / args.batch / 1e9
     with LiveTensors([*model.state_dict().values(), *(p.grad for p in model.parameters())]) as tensors:
-        step()
+        forward_backward(model, x, task)
     return tensors.peak / args.batch / 1e9
 
 
