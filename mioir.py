@@ -173,14 +173,14 @@ def conv3x3(in_channels, out_channels, bias=True):
 
 
 class ResidualBlock(nn.Module):
-    """EDSR's block, without batch norm: f + conv(relu(conv(f))), (N,width,H,W)."""
+    """EDSR's block, without batch norm: f + conv(relu(conv(f))), (N,width,H,W), then modulated."""
     def __init__(self, width):
         super().__init__()
         self.conv1 = conv3x3(width, width)
         self.conv2 = conv3x3(width, width)
 
-    def forward(self, f):
-        return f + self.conv2(F.relu(self.conv1(f)))
+    def forward(self, f, modulate):
+        return modulate(f + self.conv2(F.relu(self.conv1(f))))
 
 
 class SRResNet(Backbone):
@@ -203,10 +203,15 @@ class SRResNet(Backbone):
 
     def body(self, x, modulate):
         f = F.leaky_relu(self.conv_first(x), 0.1)                                 # (N,64,H,W)
-        for i, block in enumerate(self.blocks):
-            f = modulate(f"block{i + 1}", block(f))
+        for first in range(0, len(self.blocks), 4):
+            f = self.four_blocks(f, first, modulate)
         f = modulate("hr", F.leaky_relu(self.conv_hr(f), 0.1))
         return modulate("last", self.conv_last(f)) + x                            # (N,3,H,W)
+
+    def four_blocks(self, f, first, modulate):        # apart, so that recompute_blocks can wrap it
+        for i, block in enumerate(self.blocks[first:first + 4], first):
+            f = block(f, functools.partial(modulate, f"block{i + 1}"))
+        return f
 
 
 # ---- Window attention, shared by SwinIR and Uformer ----------------------------------------------
@@ -245,12 +250,18 @@ def shift_mask(h, w, window, shift, device):
     return -100.0 * (region[:, :, None] != region[:, None, :])
 
 
-def attend(q, k, v, bias, fused):
-    """softmax(q k^T / sqrt(c) + bias) v. q, k, v: (N,windows,heads,T,c); bias: (1 or windows,heads,
-    T,T) -> (N,windows,heads,T,c). fused: in one kernel, best on a GPU; CPUs are faster without."""
+def attend(q, k, v, bias, mask, fused):
+    """softmax(q k^T / sqrt(c) + bias + mask) v. q, k, v: (N,windows,heads,T,c); bias: (heads,T,T);
+    mask: (windows,T,T) or None -> (N,windows,heads,T,c). fused: in one kernel, best on a GPU;
+    CPUs are faster without."""
     if not fused:
-        return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(-1) @ v
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # (N,windows,heads,T,T)
+        scores += bias
+        if mask is not None:
+            scores += mask[:, None]
+        return scores.softmax(-1) @ v
     windows, heads = q.shape[1:3]
+    bias = bias[None] if mask is None else bias + mask[:, None]        # (1 or windows,heads,T,T)
     bias = bias.to(q.dtype).expand(windows, -1, -1, -1).flatten(0, 1)[None]       # (1,w*heads,T,T)
     out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias)
     return out.unflatten(1, (windows, heads))
@@ -269,12 +280,19 @@ class WindowAttention(nn.Module):
 
     def forward(self, t, mask=None):
         """t: (N,windows,T,C), T = window^2; mask: (windows,T,T) or None -> (N,windows,T,C)."""
-        n, windows, length, c = t.shape
-        qkv = self.qkv(t).view(n, windows, length, 3, self.heads, c // self.heads)
+        bias = self.bias_table[self.index].permute(2, 0, 1)                       # (heads,T,T)
+        if t.device.type != "cpu":
+            return self.windows(t, bias, mask, fused=True)
+        few = max(32 // len(t), 1)                 # what a few windows need stays in a CPU's cache
+        masks = [None] * t.shape[1] if mask is None else mask.split(few)
+        return torch.cat([self.windows(part, bias, part_mask, fused=False)
+                          for part, part_mask in zip(t.split(few, 1), masks)], 1)
+
+    def windows(self, t, bias, mask, fused):
+        """The same for these windows together; bias: (heads,T,T), fused: as in `attend`."""
+        qkv = self.qkv(t).unflatten(-1, (3, self.heads, -1))              # (N,windows,T,3,heads,c)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                    # each (N,windows,heads,T,c)
-        bias = self.bias_table[self.index].permute(2, 0, 1)[None]                 # (1,heads,T,T)
-        bias = bias if mask is None else bias + mask[:, None]               # (windows,heads,T,T)
-        out = attend(q, k, v, bias, fused=t.device.type != "cpu")
+        out = attend(q, k, v, bias, mask, fused)
         return self.project(out.transpose(2, 3).flatten(3))                       # (N,windows,T,C)
 
 
@@ -288,7 +306,7 @@ class DropPath(nn.Module):
         if not self.training or self.probability == 0:
             return f
         keep = 1 - self.probability
-        return f * f.new_empty(f.shape[0], *[1] * (f.ndim - 1)).bernoulli_(keep) / keep
+        return f * (f.new_empty(f.shape[0], *[1] * (f.ndim - 1)).bernoulli_(keep) / keep)
 
 
 class WindowBlock(nn.Module):
@@ -663,10 +681,14 @@ def build_model(arch, prompt=None, **overrides):
 
 
 def recompute_blocks(model):
-    """Activation checkpointing: a block keeps its input alone and is run again going backward."""
-    for block in model.modules():
-        if isinstance(block, (ResidualBlock, WindowBlock, RestormerBlock)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    """Activation checkpointing: a block keeps its input alone and is run again going backward.
+    SRResNet's are small, and modulated one by one: of four, the first one's input alone is kept."""
+    for module in model.modules():
+        if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        if isinstance(module, SRResNet):
+            module.four_blocks = functools.partial(checkpoint, module.four_blocks,
+                                                   use_reentrant=False)
 
 
 def load_model(path, weights="raw", device="cpu", prompts=None):

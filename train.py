@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from degrade import (ImageCache, ImageFiles, builtin_images, leaf_items, make_batch, photo_items,
                      sample, seeded, task_of, validation_pairs)
-from eval import (confusion, confusion_text, curves_picture, input_psnr, keep_freed_memory,
-                  markdown, matrix_picture, mean_psnr, task_strips)
+from eval import (confusion, confusion_text, curves_picture, input_psnr, markdown, matrix_picture,
+                  mean_psnr, task_strips, tune_cpu)
 from mioir import (ARCHS, TASKS, TaskClassifier, build_model, random_prompts, recompute_blocks,
                    striped_prompts)
 
@@ -686,7 +686,7 @@ def finish(run, pairs, log, machine):
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit."""
     args = parse(argv)
-    keep_freed_memory()
+    tune_cpu()
     try:
         train(args)
     except (ValueError, OSError) as error:

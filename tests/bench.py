@@ -11,7 +11,8 @@
 
 "Transcription" means the published layers written down as they stand: attention by explicit softmax
 matrices, layer norm by mean and variance over rearranged tokens, a shift mask made anew in every block,
-the prompt read once per image, f * scale + shift + f. It shares our weights and must agree to 1e-4.
+the prompt read once per image, f * scale + shift + f, drop path in two passes. It shares our weights
+and must agree to 1e-4.
 """
 import argparse
 import itertools
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
-from eval import markdown, psnr, restored  # noqa: E402
+from eval import markdown, psnr, restored, tune_cpu  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
 
 
@@ -79,6 +80,14 @@ class MaskMakingWindowBlock(mioir.WindowBlock):
         return super().forward(f, mask)
 
 
+class TwoPassDropPath(mioir.DropPath):
+    def forward(self, f):
+        if not self.training or self.probability == 0:
+            return f
+        keep = 1 - self.probability
+        return f.div(keep) * f.new_empty(f.shape[0], 1, 1, 1).bernoulli_(keep)
+
+
 class PerImagePromptPath(mioir.PromptPath):
     def forward(self, p, rows=slice(None)):
         features = [extract(p[rows]) for extract in self.extract]
@@ -91,7 +100,7 @@ class PerImagePromptPath(mioir.PromptPath):
 
 TRANSCRIBED = {mioir.LayerNorm2d: TokenLayerNorm2d, mioir.ChannelAttention: NormalisedChannelAttention,
                mioir.WindowAttention: SoftmaxWindowAttention, mioir.WindowBlock: MaskMakingWindowBlock,
-               mioir.PromptPath: PerImagePromptPath}
+               mioir.DropPath: TwoPassDropPath, mioir.PromptPath: PerImagePromptPath}
 
 
 def transcribe(model):
@@ -472,6 +481,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    tune_cpu()                                                     # as train.py and eval.py: for both
     device = torch.device(args.device)
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, "
           f"{torch.get_num_threads()} threads")

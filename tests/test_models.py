@@ -232,16 +232,18 @@ def test_import_builds_and_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("windows", (1, 3))
-def test_attention_in_one_kernel_is_the_plain_formula(windows):
-    """CPUs take the formula, GPUs the kernel: forward and gradients agree, with one bias for all windows or one for each."""
-    generator = torch.Generator().manual_seed(5)
-    inputs = [torch.randn(2, 3, 4, 16, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    inputs.append(torch.randn(windows, 4, 16, 16, generator=generator, dtype=torch.float64, requires_grad=True))
-    plain, fused = (mioir.attend(*inputs, fused) for fused in (False, True))
+@pytest.mark.parametrize("shifted", (False, True))
+def test_attention_in_one_kernel_is_the_plain_formula(shifted):
+    """CPUs take the formula, a few windows at a time, GPUs the kernel: forward and gradients agree."""
+    torch.manual_seed(5)
+    attention = mioir.WindowAttention(12, 3, 4).double()
+    t = torch.randn(2, 36, 16, 12, dtype=torch.float64, requires_grad=True)              # 36: two times 16, and 4
+    mask = mioir.shift_mask(24, 24, 4, 2, "cpu").double() if shifted else None
+    bias = attention.bias_table[attention.index].permute(2, 0, 1)
+    plain, fused = attention(t, mask), attention.windows(t, bias, mask, fused=True)
     assert torch.allclose(plain, fused, atol=1e-12)
-    towards = torch.randn(plain.shape, generator=generator, dtype=torch.float64)
-    for a, b in zip(*(torch.autograd.grad(out, inputs, towards) for out in (plain, fused))):
+    towards, inputs = torch.randn_like(plain), (t, *attention.parameters())
+    for a, b in zip(*(torch.autograd.grad(out, inputs, towards, retain_graph=True) for out in (plain, fused))):
         assert torch.allclose(a, b, atol=1e-12)
 
 
