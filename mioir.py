@@ -691,6 +691,13 @@ def recompute_blocks(model):
                                                    use_reentrant=False)
 
 
+def lay_channels_last(model):
+    """Convolutions' weights in torch.channels_last; `model.to` refuses PromptIR's 5-D prompts."""
+    for p in model.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
 def load_model(path, weights="raw", device="cpu", prompts=None):
     """A model from a file: one of ours, or one published with the paper. Returns (model, info).
     weights: "raw" (what the paper evaluates) or "ema". prompts: (7,128,128), for published "ep".

@@ -34,8 +34,8 @@ from degrade import (ImageCache, ImageFiles, builtin_images, leaf_items, make_ba
                      sample, seeded, task_of, validation_pairs)
 from eval import (confusion, confusion_text, curves_picture, input_psnr, markdown, matrix_picture,
                   mean_psnr, task_strips, tune_cpu)
-from mioir import (ARCHS, TASKS, TaskClassifier, build_model, random_prompts, recompute_blocks,
-                   striped_prompts)
+from mioir import (ARCHS, TASKS, TaskClassifier, build_model, lay_channels_last, random_prompts,
+                   recompute_blocks, striped_prompts)
 
 # ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
 
@@ -359,8 +359,7 @@ class Machine:
         if self.args.checkpointing:
             recompute_blocks(model)
         if self.channels_last:
-            for p in (p for p in model.parameters() if p.ndim == 4):   # PromptIR's prompts have 5
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
+            lay_channels_last(model)
         if self.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.args.compile else model

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
 from eval import markdown, psnr, restored, tune_cpu  # noqa: E402
-from mioir import ARCHS, TASKS, build_model, recompute_blocks, restore  # noqa: E402
+from mioir import ARCHS, TASKS, build_model, lay_channels_last, recompute_blocks, restore  # noqa: E402
 
 
 # ---- The transcription: classes that take over our modules' weights ------------------------------------
@@ -158,9 +158,13 @@ def networks(args, device):
         agreement = ((a - b).abs().max() / b.abs().max()).item()
         if agreement > 1e-4:
             sys.exit(f"bench.py: {arch}: the transcription disagrees by {agreement:.1e}")
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        if args.channels_last:
+            lay_channels_last(ours)
         times = {}
         for name, work, x, task in (("train", training_step, crop, tasks), ("restore", restoring, photo, tasks[:1])):
-            runs = [[seconds(lambda: work(model, x, task), device) for model in (ours, theirs)]
+            pairs = (ours, x.contiguous(memory_format=layout)), (theirs, x)
+            runs = [[seconds(lambda: work(model, x, task), device) for model, x in pairs]
                     for _ in range(args.repeat + 1)][1:]
             times[name] = np.median(runs, axis=0)
         rows.append([arch, f"{agreement:.0e}", *(f"{t:.2f}" for t in (*times["train"], times["train"][0] / times["train"][1],
@@ -479,6 +483,7 @@ def main():
     parser.add_argument("--size", type=int, default=128, help="edge of the training crop")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--channels-last", action="store_true", help="networks: ours as train.py --channels-last runs it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     tune_cpu()                                                     # as train.py and eval.py: for both
