@@ -41,13 +41,16 @@ from mioir import ARCHS, TASKS, build_model, lay_channels_last, recompute_blocks
 
 # ---- The transcription: classes that take over our modules' weights ------------------------------------
 
+class TokenLayerNorm(torch.nn.LayerNorm):
+    def forward(self, t):
+        mean, var = t.mean(-1, keepdim=True), t.var(-1, keepdim=True, unbiased=False)
+        return (t - mean) / torch.sqrt(var + 1e-5) * self.weight + self.bias
+
+
 class TokenLayerNorm2d(mioir.LayerNorm2d):
     def forward(self, f):
-        h, w = f.shape[2:]
         t = f.flatten(2).transpose(1, 2).contiguous()                      # b c h w -> b (h w) c
-        mean, var = t.mean(-1, keepdim=True), t.var(-1, keepdim=True, unbiased=False)
-        t = (t - mean) / torch.sqrt(var + 1e-5) * self.weight + self.bias
-        return t.transpose(1, 2).reshape(f.shape[0], -1, h, w).contiguous()
+        return TokenLayerNorm.forward(self, t).transpose(1, 2).reshape(f.shape).contiguous()
 
 
 class NormalisedChannelAttention(mioir.ChannelAttention):
@@ -103,21 +106,22 @@ TRANSCRIBED = {mioir.LayerNorm2d: TokenLayerNorm2d, mioir.ChannelAttention: Norm
                mioir.DropPath: TwoPassDropPath, mioir.PromptPath: PerImagePromptPath}
 
 
-def transcribe(model):
+def transcribe(model, norm_by_hand=False):
     """Turns one of our models into its transcription; the weights stay where they are."""
+    classes = TRANSCRIBED | ({torch.nn.LayerNorm: TokenLayerNorm} if norm_by_hand else {})
     for module in model.modules():
-        module.__class__ = TRANSCRIBED.get(type(module), type(module))
+        module.__class__ = classes.get(type(module), type(module))
     return model
 
 
-def pair(arch, device):
+def pair(arch, device, norm_by_hand=False):
     """Our model and its transcription with equal weights."""
     prompt = None if arch == "promptir" else "ep"
     torch.manual_seed(0)
     ours = build_model(arch, prompt).to(device)
     theirs = build_model(arch, prompt).to(device)
     theirs.load_state_dict(ours.state_dict())
-    return ours, transcribe(theirs)
+    return ours, transcribe(theirs, norm_by_hand)
 
 
 # ---- Networks -----------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def restoring(model, x, task):
 def networks(args, device):
     rows = []
     for arch in args.arch:
-        ours, theirs = pair(arch, device)
+        ours, theirs = pair(arch, device, args.norm_by_hand)
         crop = torch.rand(args.batch, 3, args.size, args.size, device=device)
         photo = torch.rand(1, 3, 256, 256, device=device)
         tasks = torch.arange(args.batch, device=device) % len(TASKS)
@@ -223,7 +227,7 @@ def step_memory(model, args, device):
 def memory(args, device):
     rows, device = [], device if device.type == "cuda" else torch.device("meta")
     for arch in args.arch:
-        ours, theirs = pair(arch, device)
+        ours, theirs = pair(arch, device, args.norm_by_hand)
         peaks = [step_memory(theirs, args, device), step_memory(ours, args, device)]
         recompute_blocks(ours)
         peaks.append(step_memory(ours, args, device))
@@ -483,6 +487,8 @@ def main():
     parser.add_argument("--size", type=int, default=128, help="edge of the training crop")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--norm-by-hand", action="store_true",
+                        help="networks, memory: the transcription writes SwinIR's and Uformer's layer norm out as well")
     parser.add_argument("--channels-last", action="store_true", help="networks: ours as train.py --channels-last runs it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
