@@ -33,6 +33,13 @@ def test_metrics_of_equal_images_and_of_unfit_ones():
         evaluation.psnr(a[:8], a[:8])
 
 
+def test_numbers_too_small_to_matter_become_zeros():
+    torch.set_flush_denormal(False)
+    assert (torch.tensor([1e-30]) * 1e-10).item() > 0
+    evaluation.tune_cpu()
+    assert (torch.tensor([1e-30]) * 1e-10).item() == 0
+
+
 @pytest.fixture(scope="module")
 def checkpoint(finished):
     return finished / "last.pt"
