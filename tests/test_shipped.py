@@ -45,7 +45,7 @@ def test_the_shipped_classifier_knows_the_sample_photos():
     classifier, _ = mioir.load_model(evaluation.CLASSIFIER)
     photos = [(to_tensor(read_image(path)), None) for path in sorted((ASSETS / "photos").glob("*.png"))]
     accuracy, _ = evaluation.confusion(classifier, validation_pairs(photos), "cpu")
-    assert np.mean(list(accuracy.values())) >= 85
+    assert np.mean(list(accuracy.values())) >= 95
 
 
 def test_assets_are_small_and_weights_are_half_precision():
