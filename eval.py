@@ -101,7 +101,15 @@ def restored(model, lq, task, device, tile=None):
     task = None if task is None else task.to(device)
     tile = auto_tile(lq) if tile is None else tile
     report = functools.partial(show_tiles, time.monotonic())
-    return to_image(restore(model, lq.to(device), task, tile or None, report=report))
+    try:
+        return to_image(restore(model, lq.to(device), task, tile or None, report=report))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        h, w = lq.shape[2:]
+        mend = f"in tiles (--tile {tile // 2})" if tile else "in tiles (--tile 512)"
+        raise ValueError(f"not enough memory to restore {w} x {h} pixels "
+                         f"{f'in tiles of {tile}' if tile else 'whole'}; try it {mend}") from None
 
 
 def show_tiles(start, done, tiles):
@@ -256,11 +264,19 @@ def parse_task(text):
 
 @torch.no_grad()
 def classify(classifier, x, device):
-    """(task name, confidence in [0,1]) for one image (1,3,H,W); if large, its middle decides."""
-    top, left = (max(s - 1024, 0) // 2 for s in x.shape[2:])
-    x = x[:, :, top:top + 1024, left:left + 1024]
+    """(task name, confidence in [0,1]) for one image (1,3,H,W), of which every pixel counts.
+
+    The classifier looks at blocks of 9 x 9 that do not overlap, then averages what it found: so a
+    large picture can be read in strips of whole blocks, with the same result in little memory.
+    """
     x = F.pad(x, (0, max(9 - x.shape[3], 0), 0, max(9 - x.shape[2], 0)), mode="replicate")
-    probability = classifier(x.to(device)).softmax(1)[0]
+    total, blocks = 0, 0
+    for strip in x.split(9 * 64, 2):                                          # (1,3,576,W)
+        rows = strip.shape[2] // 9                       # of blocks; fewer than 9 pixels are no row
+        if rows:
+            total = total + rows * classifier.features(strip.to(device)).mean((2, 3))     # (1,32)
+            blocks += rows
+    probability = classifier.head(total / blocks).softmax(1)[0]                       # (7,)
     return TASKS[probability.argmax().item()], probability.max().item()
 
 
@@ -476,8 +492,12 @@ def testsets(args, model, info, device):
     missing = [name for name in TESTSETS if name not in present]
     print(f"not there, left out: {', '.join(missing) or 'none'}", file=sys.stderr)
     ask = model.prompt == "ep" and not args.oracle
+    if ask and info["published"] and not args.classifier:
+        raise ValueError("the paper's figures had the published classifier choose the prompts: add "
+                         "--classifier Classifier.pth, or --oracle to tell the true tasks")
     classifier = load_classifier(args.classifier, device) if ask else None
-    scores = score_sets(root, present, model, classifier, device, args.tile)
+    # The published protocol runs every picture whole, however large.
+    scores = score_sets(root, present, model, classifier, device, args.tile or 0)
     paper = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), (None,) * 10)
     paper_of = dict(zip((*ORDER, *GROUPS), paper))
     incomplete = {TESTSETS[name][0] for name in missing}      # their averages are not the paper's
@@ -522,7 +542,7 @@ def restore_picture(source, target, args, model, classifier, device):
         doubt = "" if confidence > 0.6 else " - low: look at it, or name the task with --task"
         notes.append(f"task {name}, {100 * confidence:.0f} % sure{doubt}")
     task = parse_task(name) if model.prompt == "ep" else None
-    tile = args.tile or auto_tile(x)
+    tile = auto_tile(x) if args.tile is None else args.tile
     if tile:
         notes.append(f"in tiles of {tile}")
     y = restored(model, x, task, device, tile)
@@ -623,15 +643,16 @@ def arguments(argv):
     add("--task", help="auto (the classifier decides), a task, or a mixture noise:0.7,jpeg:0.3")
     add("--classifier", metavar="FILE", help="for auto (default: the one in assets/)")
     add("--compare", action="store_true", help="also write before/after pictures")
-    add("--tile", type=int, metavar="N", help="tiles of N pixels (default: by the picture's size)")
+    add("--tile", type=int, metavar="N", help="tiles of N pixels, 0: whole (default: whole up to a megapixel, then 512; "
+        "whole with --testsets)")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--max-pixels", type=int, metavar="N", help="accept larger pictures than pillow would")
     add("--weights", choices=("raw", "ema"), default="raw", help="raw: as the paper does")
     add("--export", metavar="FILE", help="write these weights alone, in half precision")
     add("--prompts", metavar="NPY", help="type7.npy, for a published 'ep' checkpoint")
     args = parser.parse_args(argv)
-    if args.tile is not None and args.tile < 1:
-        parser.error(f"--tile must be positive, not {args.tile}")
+    if args.tile is not None and args.tile < 0:
+        parser.error(f"--tile must be positive, or 0 for the picture whole, not {args.tile}")
     return args
 
 

@@ -195,11 +195,13 @@ class SRResNet(Backbone):
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.conv_hr = conv3x3(width, width)
         self.conv_last = conv3x3(width, 3)
-        for module in (self.conv_first, *self.blocks.modules(), self.conv_hr, self.conv_last):
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-                module.weight.data.mul_(0.1)            # small residuals: training starts at y = x
-                nn.init.zeros_(module.bias)
+        scaled = [module for module in self.blocks.modules() if isinstance(module, nn.Conv2d)]
+        if prompt is None:             # as published: with a prompt, these three start as torch does
+            scaled += [self.conv_first, self.conv_hr, self.conv_last]
+        for conv in scaled:
+            nn.init.kaiming_normal_(conv.weight)
+            conv.weight.data.mul_(0.1)                  # small residuals: training starts at y = x
+            nn.init.zeros_(conv.bias)
 
     def body(self, x, modulate):
         f = F.leaky_relu(self.conv_first(x), 0.1)                                 # (N,64,H,W)

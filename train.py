@@ -152,7 +152,8 @@ class Args:
     out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
     resume: bool = option(False, "go on from OUT/last.pt")
     print_plan: bool = option(False, "print the schedule and stop")
-    precision: str = option("fp32", "fp32 (the paper's), tf32 or bf16: numbers to compute in")
+    precision: str = option("fp32", "fp32, tf32 or bf16: numbers to compute in; tf32conv: TF32 for "
+                            "convolutions alone, as the paper's torch 1.12 did on newer GPUs")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
     checkpointing: bool = option(False, "recompute activations going back: less memory, more time")
@@ -191,9 +192,9 @@ def parse(argv):
         parser.error("--arch promptir has prompts of its own; leave --prompt out")
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
         parser.error("--arch classifier sees all tasks; leave --seq, --order and --prompt out")
-    if args.precision not in ("fp32", "tf32", "bf16"):
-        parser.error(f"--precision {args.precision}: choose fp32, tf32 or bf16; fp16 is not "
-                     "offered, as SwinIR's activations overflow it")
+    if args.precision not in ("fp32", "tf32conv", "tf32", "bf16"):
+        parser.error(f"--precision {args.precision}: choose fp32, tf32conv, tf32 or bf16; fp16 is "
+                     "not offered, as SwinIR's activations overflow it")
     least = dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0)
     for name, low in least.items():
         value = getattr(args, name)
@@ -344,8 +345,8 @@ class Machine:
                              "choose numbers that divide it")
         if self.world > 1:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        tf32 = args.precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = args.precision in ("tf32", "tf32conv")
+        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
         torch.backends.cudnn.deterministic = True               # the same bits every time
 
     def share(self, batch):

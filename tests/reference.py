@@ -64,3 +64,30 @@ def grey_levels(x, name):
     ours = (x[0] * 255).round().permute(1, 2, 0).numpy()
     difference = np.abs(ours - DEGRADED[name].astype(np.float64))
     return difference.mean(), difference.max()
+
+
+# Training: golden/training.npz -------------------------------------------------------------------------
+
+TRAINED = np.load(GOLDEN / "training.npz")
+
+
+def training_start(variant):
+    """{published name: float32 tensor}: as filled, but weights a quarter as large, so that losses begin near 0.1."""
+    return {name: 0.25 * value if value.ndim > 1 and not name.endswith("temperature") else value
+            for name, value in published_state(variant).items()}
+
+
+def training_batches(crop, count):
+    """[(lq, gt, rows of TASKS), ...]: two pictures each, in float32."""
+    batches, random = [], np.random.RandomState(20240)
+    for _ in range(count):
+        coarse = random.rand(2, 3, crop // 8, crop // 8).repeat(8, 2).repeat(8, 3)
+        gt = 0.8 * coarse + 0.2 * random.rand(2, 3, crop, crop)
+        lq = (gt + 0.1 * random.standard_normal(gt.shape)).clip(0, 1)
+        batches.append((lq.astype(np.float32), gt.astype(np.float32), random.randint(7, size=2)))
+    return batches
+
+
+def training_places(name, size):
+    """Which values of a tensor (flattened, published layout) the golden file keeps; the first ones of these."""
+    return np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).randint(size, size=64)

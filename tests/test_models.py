@@ -1,4 +1,5 @@
 """The networks: equal to the published ones, at any size, on any device."""
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,48 @@ def test_outputs_and_parameter_counts_equal_the_published_ones(variant):
     model = published(variant, state)
     assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant]["params"]
     assert error(model, variant) < 1e-5
+
+
+def stated_start(arch, prompt, name, shape):
+    """Deviation and mean of a fresh tensor, as DESIGN and the published code have them; None: constant 0 or 1."""
+    fan_in = math.prod(shape[1:])
+    torch_default = (1 / math.sqrt(3 * fan_in), 0)                         # U(-a, a) with a = fan_in ** -0.5
+    if name == "prompts" or name.endswith("components"):
+        return 1 / math.sqrt(12), 0.5                                      # U(0, 1)
+    if arch == "srresnet" and (name.startswith("blocks") or name.startswith("conv_") and prompt is None):
+        return (0.1 * math.sqrt(2 / fan_in), 0) if len(shape) == 4 else None
+    if name.endswith("bias_table"):
+        return 0.02, 0
+    if name.endswith("modulator"):
+        return 1, 0
+    if len(shape) == 2 and arch in ("swinir", "uformer"):
+        return 0.02, 0
+    if len(shape) >= 2 and not name.endswith("temperature"):
+        return (1 / math.sqrt(3 * shape[1] * 4), 0) if name.startswith("up.") and arch == "uformer" else torch_default
+    return None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_starts_as_the_published_one(variant):
+    """Mean and deviation of each fresh weight, within five standard errors; what is constant is 0 or 1."""
+    arch, prompt = variant.split("-")
+    prompt = None if prompt == "none" else prompt
+    torch.manual_seed(3)
+    model = TaskClassifier() if arch == "classifier" else build_model(arch, prompt)
+    zero_bias = arch in ("swinir", "uformer")
+    for name, value in model.state_dict().items():
+        stated = stated_start(arch, prompt, name, value.shape)
+        if stated:
+            deviation, mean = stated
+            error = 5 * deviation / math.sqrt(value.numel())
+            assert abs(value.mean() - mean) < error and abs(value.std() - deviation) < error, name
+        elif "norm" in name or name.endswith("temperature"):
+            assert (value == (0 if name.endswith("bias") else 1)).all(), name
+        elif arch == "srresnet" and (name.startswith("blocks") or name.startswith("conv_") and prompt is None):
+            assert (value == 0).all(), name
+        else:                                                  # the bias of a linear layer or a convolution
+            linear = dict(model.named_modules())[name.removesuffix(".bias")].__class__ is torch.nn.Linear
+            assert name.endswith(".bias") and (value == 0).all() == (zero_bias and linear), name
 
 
 def test_parity_is_sharp_two_equal_shaped_tensors_swapped():

@@ -17,6 +17,7 @@ import eval as evaluation
 import mioir
 import train
 from degrade import TASKS
+from reference import published_prompts, published_state
 from test_models import SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -376,6 +377,47 @@ def test_the_test_set_table(files, written, capsys):
     line = refused(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average + 1,
                    "--output", written / "r.json")
     assert f"{average:.2f}" in line
+
+
+def test_the_published_protocol_runs_pictures_whole_and_says_so_where_memory_lacks(files, written, tmp_path, monkeypatch):
+    """Above a megapixel, too, where one's own photos are tiled."""
+    tiles, real = [], evaluation.restore
+    monkeypatch.setattr(evaluation, "auto_tile", lambda x: 32)
+    monkeypatch.setattr(evaluation, "restore", lambda model, x, task, tile, **more: tiles.append(tile) or real(model, x, task, **more))
+    argv = (files / "ep.pt", "--testsets", written / "sets", "--oracle", "--overwrite", "--output", tmp_path / "r.json")
+    run(*argv)
+    run(*argv, "--tile", "0")
+    assert set(tiles) == {None}
+    tiles.clear()
+    run(*argv, "--tile", "112")
+    assert set(tiles) == {112}
+
+    def lacking(*more, **named):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(evaluation, "restore", lacking)
+    assert "not enough memory to restore 80 x 64 pixels whole; try it in tiles (--tile 512)" in refused(*argv)
+    assert "in tiles of 112" in refused(*argv, "--tile", "112")
+
+
+def test_the_classifier_sees_the_whole_picture():
+    """What is at the sides counts as much as the middle; strips of a large picture give the same answer."""
+    torch.manual_seed(0)
+    classifier = mioir.TaskClassifier(16)
+    x = torch.rand(1, 3, 1300, 1205)
+    with torch.no_grad():
+        whole = classifier(x).softmax(1)[0]
+        x[:, :, :, :90] = 0
+        changed = classifier(x).softmax(1)[0]
+    name, confidence = evaluation.classify(classifier, x, "cpu")
+    assert confidence == pytest.approx(changed.max().item(), abs=1e-6) and name == TASKS[changed.argmax()]
+    assert abs(whole.max() - changed.max()) > 1e-5
+
+
+def test_a_published_model_is_scored_with_the_published_classifier_or_the_truth(written, tmp_path):
+    torch.save({"params": published_state("srresnet-ep")}, tmp_path / "SRResNet_S_EP.pth")
+    np.save(tmp_path / "type7.npy", published_prompts())
+    line = refused(tmp_path / "SRResNet_S_EP.pth", "--prompts", tmp_path / "type7.npy", "--testsets", written / "sets")
+    assert "--classifier Classifier.pth" in line and "--oracle" in line
 
 
 def test_pairs_are_matched_by_stem_or_by_order(tmp_path):
