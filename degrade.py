@@ -256,8 +256,6 @@ def bicubic_x4(x, stored=False):
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
 
 _STEPS = {"kernel_size": 2, "width": 2, "density": 1, "length": 1, "angle": 1}    # evenly, in steps
-RAIN_FIELD = 512    # edge of the field from which a training crop's rain is cut, and the brightness
-RAIN_PEAK = 0.88       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
 
 
 def seeded(*numbers):
@@ -741,85 +739,6 @@ def leaf_items(count, edge, seed):
     goes up when dead_leaves draws otherwise, so that a cache of older ones is not used."""
     return [(f"leaves2-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
             for k in range(count)]
-
-
-# ---- Training batches ----------------------------------------------------------------------------
-
-# The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
-# JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
-# each sample is cut from the middle of a larger canvas: 16 pixels or more of margin, and 0 to 15
-# more, so that all 16 phases of JPEG's chroma grid occur equally often.
-MARGIN = 48
-
-
-def task_of(tasks, iteration, i, batch):
-    """Tasks take turns over all samples of all iterations, so that each is seen equally often."""
-    return tasks[(iteration * batch + i) % len(tasks)]
-
-
-def sample(source, tasks, crop, seed, stage, iteration, i, batch):
-    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
-
-    It depends on (seed, stage, iteration, i) alone, whoever computes it.
-    """
-    g = seeded(seed, stage, iteration, i)
-    def below(n):
-        return int(torch.randint(n, (1,), generator=g))
-    task = task_of(tasks, iteration, i, batch)
-    chooser = seeded(seed, stage, "image", (iteration * batch + i) // source.share)
-    k, edge = int(torch.randint(len(source), (1,), generator=chooser)), crop + MARGIN
-    h, w = source.size(k)
-    top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
-    item = {"task": task, "canvas": source.crop(k, top, left, edge),
-            "offset": (16 + below(16), 16 + below(16)), "turn": below(8),
-            "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD,) * 2)}
-    if task == "haze":
-        depth = source.depth(k)
-        depth = (depth_prior(h, w, g) if depth is None
-                 else F.interpolate(depth, (h, w), mode="bilinear"))
-        item["depth_max"] = depth.amax()[None]
-        item["depth"] = reflect_pad(depth[:, :, top:top + edge, left:left + edge],
-                                    0, max(edge - w, 0), 0, max(edge - h, 0))
-    return item
-
-
-def make_batch(samples, crop, device):
-    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS."""
-    canvas = torch.stack([s["canvas"] for s in samples]).to(device, non_blocking=True).float() / 255
-    degraded = torch.empty_like(canvas)
-    for task in {s["task"]: None for s in samples}:                            # in order, once each
-        rows = [i for i, s in enumerate(samples) if s["task"] == task]
-        group = [samples[i] for i in rows]
-        def join(key):
-            return torch.cat([s[key] for s in group]).to(device) if key in group[0] else None
-        drawn = {name: torch.cat([s["drawn"][name] for s in group]) for name in group[0]["drawn"]}
-        depth, depth_max = join("depth"), join("depth_max")
-        degraded[rows] = apply(canvas[rows], task, drawn, depth, depth_max, RAIN_PEAK)
-    pairs = torch.cat((degraded, canvas), 1)                                      # (N,6,edge,edge)
-    pairs = torch.stack([_turn(pair[:, y:y + crop, x:x + crop], s["turn"])
-                         for pair, s in zip(pairs, samples) for y, x in [s["offset"]]])
-    task = torch.tensor([TASKS.index(s["task"]) for s in samples], device=device)
-    return pairs[:, :3].contiguous(), pairs[:, 3:].contiguous(), task
-
-
-def _turn(x, turn):
-    """One of the eight flips and quarter turns of (C,H,H)."""
-    x = x.mT if turn & 1 else x
-    return x.flip([axis for axis, bit in ((1, 2), (2, 4)) if turn & bit])
-
-
-# ---- Validation: the same images, degraded in the same way, every time ---------------------------
-
-def builtin_images(count=8, edge=128):
-    """The built-in validation images: dead leaves no training run sees. [(image, depth), ...]"""
-    return [dead_leaves(edge, edge, seeded("validation", k)) for k in range(count)]
-
-
-def validation_pairs(images, split="in", seed=0):
-    """{task: [(lq, gt), ...]} for images [(gt (1,3,H,W), depth (1,1,h,w) or None), ...]."""
-    return {task: [(degrade(gt, task, split, depth, seeded("validation", seed, split, task, k)), gt)
-                   for k, (gt, depth) in enumerate(images)]
-            for task in RANGES[split]}
 
 
 # ---- Writing test sets ---------------------------------------------------------------------------

@@ -23,8 +23,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from degrade import (builtin_images, find_depths, list_images, open_image, read_depth, read_image,
-                     to_image, to_rgb, to_tensor, validation_pairs, whole_file)
+from degrade import (RANGES, dead_leaves, degrade, find_depths, list_images, open_image, read_depth,
+                     read_image, seeded, to_image, to_rgb, to_tensor, whole_file)
 from mioir import TASKS, TaskClassifier, load_model, restore
 
 
@@ -123,6 +123,20 @@ def show_tiles(start, done, tiles):
 def auto_tile(x):
     """Whole (0) up to a megapixel; above it, tiles of 512, so that memory stays bounded."""
     return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else 0
+
+
+# ---- Validation: the same images, degraded in the same way, every time ---------------------------
+
+def builtin_images(count=8, edge=128):
+    """The built-in validation images: dead leaves no training run sees. [(image, depth), ...]"""
+    return [dead_leaves(edge, edge, seeded("validation", k)) for k in range(count)]
+
+
+def validation_pairs(images, split="in", seed=0):
+    """{task: [(lq, gt), ...]} for images [(gt (1,3,H,W), depth (1,1,h,w) or None), ...]."""
+    return {task: [(degrade(gt, task, split, depth, seeded("validation", seed, split, task, k)), gt)
+                   for k, (gt, depth) in enumerate(images)]
+            for task in RANGES[split]}
 
 
 # ---- Tables and pictures -------------------------------------------------------------------------

@@ -30,7 +30,6 @@ import re
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
@@ -111,15 +110,6 @@ def random_prompts(seed=0):
     long run. The published ones: a file, type7.npy."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(len(TASKS), 128, 128, generator=generator, device="cpu")
-
-
-def striped_prompts():
-    """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
-    black and white stripes, and a white one. (7,128,128)."""
-    steps = torch.arange(128, device="cpu")
-    y, x = torch.meshgrid(steps, steps, indexing="ij")
-    stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
-    return (torch.stack(stripes) % 2).float()
 
 
 class Backbone(nn.Module):
@@ -680,24 +670,6 @@ def build_model(arch, prompt=None, **overrides):
         return MODELS[arch](prompt, **overrides)
     except TypeError as error:
         raise ValueError(f"{arch}: {error}") from None
-
-
-def recompute_blocks(model):
-    """Activation checkpointing: a block keeps its input alone and is run again going backward.
-    SRResNet's are small, and modulated one by one: of four, the first one's input alone is kept."""
-    for module in model.modules():
-        if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        if isinstance(module, SRResNet):
-            module.four_blocks = functools.partial(checkpoint, module.four_blocks,
-                                                   use_reentrant=False)
-
-
-def lay_channels_last(model):
-    """Convolutions' weights in torch.channels_last; `model.to` refuses PromptIR's 5-D prompts."""
-    for p in model.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
 def load_model(path, weights="raw", device="cpu", prompts=None):

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -30,12 +31,14 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from degrade import (ImageCache, ImageFiles, builtin_images, leaf_items, make_batch, photo_items,
-                     sample, seeded, task_of, validation_pairs)
-from eval import (confusion, confusion_text, curves_picture, input_psnr, markdown, matrix_picture,
-                  mean_psnr, task_strips, tune_cpu)
-from mioir import (ARCHS, TASKS, TaskClassifier, build_model, lay_channels_last, random_prompts,
-                   recompute_blocks, striped_prompts)
+from torch.utils.checkpoint import checkpoint
+
+from degrade import (ImageCache, ImageFiles, apply, depth_prior, draw, leaf_items, photo_items,
+                     seeded)
+from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
+                  matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
+from mioir import (ARCHS, TASKS, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
+                   WindowBlock, build_model, random_prompts, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
 
@@ -53,6 +56,15 @@ RECIPES = {
 }
 LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier stages last one
 MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequential has, 6 + 4
+
+def striped_prompts():
+    """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
+    black and white stripes, and a white one. (7,128,128)."""
+    steps = torch.arange(128, device="cpu")
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
+    return (torch.stack(stripes) % 2).float()
+
 
 # Presets change the recipe; SMALL shrinks the model. leaves, validate: (how many, edge) of training
 # images if there is no --data, and of validation images. prompts: what makes the "ep" prompts.
@@ -321,6 +333,91 @@ def copy_or_link(source, target):
     except OSError:
         shutil.copyfile(source, unfinished)
     os.replace(unfinished, target)
+
+
+# ---- Training batches ----------------------------------------------------------------------------
+
+# The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
+# JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
+# each sample is cut from the middle of a larger canvas: 16 pixels or more of margin, and 0 to 15
+# more, so that all 16 phases of JPEG's chroma grid occur equally often.
+MARGIN = 48
+RAIN_FIELD = 512    # edge of the field from which a training crop's rain is cut, and the brightness
+RAIN_PEAK = 0.88       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
+
+
+def task_of(tasks, iteration, i, batch):
+    """Tasks take turns over all samples of all iterations, so that each is seen equally often."""
+    return tasks[(iteration * batch + i) % len(tasks)]
+
+
+def sample(source, tasks, crop, seed, stage, iteration, i, batch):
+    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
+
+    It depends on (seed, stage, iteration, i) alone, whoever computes it.
+    """
+    g = seeded(seed, stage, iteration, i)
+    def below(n):
+        return int(torch.randint(n, (1,), generator=g))
+    task = task_of(tasks, iteration, i, batch)
+    chooser = seeded(seed, stage, "image", (iteration * batch + i) // source.share)
+    k, edge = int(torch.randint(len(source), (1,), generator=chooser)), crop + MARGIN
+    h, w = source.size(k)
+    top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
+    item = {"task": task, "canvas": source.crop(k, top, left, edge),
+            "offset": (16 + below(16), 16 + below(16)), "turn": below(8),
+            "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD,) * 2)}
+    if task == "haze":
+        depth = source.depth(k)
+        depth = (depth_prior(h, w, g) if depth is None
+                 else F.interpolate(depth, (h, w), mode="bilinear"))
+        item["depth_max"] = depth.amax()[None]
+        item["depth"] = reflect_pad(depth[:, :, top:top + edge, left:left + edge],
+                                    0, max(edge - w, 0), 0, max(edge - h, 0))
+    return item
+
+
+def make_batch(samples, crop, device):
+    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS."""
+    canvas = torch.stack([s["canvas"] for s in samples]).to(device, non_blocking=True).float() / 255
+    degraded = torch.empty_like(canvas)
+    for task in {s["task"]: None for s in samples}:                            # in order, once each
+        rows = [i for i, s in enumerate(samples) if s["task"] == task]
+        group = [samples[i] for i in rows]
+        def join(key):
+            return torch.cat([s[key] for s in group]).to(device) if key in group[0] else None
+        drawn = {name: torch.cat([s["drawn"][name] for s in group]) for name in group[0]["drawn"]}
+        depth, depth_max = join("depth"), join("depth_max")
+        degraded[rows] = apply(canvas[rows], task, drawn, depth, depth_max, RAIN_PEAK)
+    pairs = torch.cat((degraded, canvas), 1)                                      # (N,6,edge,edge)
+    pairs = torch.stack([_turn(pair[:, y:y + crop, x:x + crop], s["turn"])
+                         for pair, s in zip(pairs, samples) for y, x in [s["offset"]]])
+    task = torch.tensor([TASKS.index(s["task"]) for s in samples], device=device)
+    return pairs[:, :3].contiguous(), pairs[:, 3:].contiguous(), task
+
+
+def _turn(x, turn):
+    """One of the eight flips and quarter turns of (C,H,H)."""
+    x = x.mT if turn & 1 else x
+    return x.flip([axis for axis, bit in ((1, 2), (2, 4)) if turn & bit])
+
+
+def recompute_blocks(model):
+    """Activation checkpointing: a block keeps its input alone and is run again going backward.
+    SRResNet's are small, and modulated one by one: of four, the first one's input alone is kept."""
+    for module in model.modules():
+        if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        if isinstance(module, SRResNet):
+            module.four_blocks = functools.partial(checkpoint, module.four_blocks,
+                                                   use_reentrant=False)
+
+
+def lay_channels_last(model):
+    """Convolutions' weights in torch.channels_last; `model.to` refuses PromptIR's 5-D prompts."""
+    for p in model.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
 # ---- One iteration -------------------------------------------------------------------------------

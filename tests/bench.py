@@ -35,8 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import degrade  # noqa: E402
 import mioir  # noqa: E402
-from eval import markdown, psnr, restored, tune_cpu  # noqa: E402
-from mioir import ARCHS, TASKS, build_model, lay_channels_last, recompute_blocks, restore  # noqa: E402
+import train  # noqa: E402
+from eval import markdown, psnr, restored, tune_cpu, validation_pairs  # noqa: E402
+from mioir import ARCHS, TASKS, build_model, restore  # noqa: E402
+from train import lay_channels_last, recompute_blocks  # noqa: E402
 
 
 # ---- The transcription: classes that take over our modules' weights ------------------------------------
@@ -261,9 +263,9 @@ def data(args, device):
         rows = []
         for tasks in (*((task,) for task in TASKS), TASKS):
             start = time.perf_counter()
-            samples = [degrade.sample(cache, tasks, 128, 0, 0, 0, i, 128) for i in range(128)]
+            samples = [train.sample(cache, tasks, 128, 0, 0, 0, i, 128) for i in range(128)]
             middle = time.perf_counter()
-            degrade.make_batch(samples, 128, device)
+            train.make_batch(samples, 128, device)
             end = time.perf_counter()
             rows.append([" ".join(tasks) if len(tasks) == 1 else "all seven", *(f"{128 / t:.0f}" for t in (
                 middle - start, end - middle, end - start))])
@@ -288,7 +290,7 @@ def pixels(args, device):
 def tiles(args, device):
     """Each model restores the same images whole and in tiles; PSNR between the two, and of each to the truth."""
     images = [degrade.dead_leaves(768, 1024, degrade.seeded("tiles", k)) for k in range(2)]
-    rows, pairs = [], degrade.validation_pairs(images)
+    rows, pairs = [], validation_pairs(images)
     for path in args.checkpoints:
         model, info = mioir.load_model(path, device=device)
         for task in ("noise", "rain", "haze"):
@@ -416,7 +418,7 @@ def classical(args, device):
         return [(image[:, :, y, x], None) for image, (y, x) in zip(images, middle)]
     tuning, images = photos(args.tune, 192)[::2], photos(args.images)
     models = [mioir.load_model(path, device=device)[0] for path in args.checkpoints]
-    tune_pairs, pairs = degrade.validation_pairs(tuning), degrade.validation_pairs(images)
+    tune_pairs, pairs = validation_pairs(tuning), evaluation.validation_pairs(images)
     tune_noise, noise = sigmas(tuning), sigmas(images)
     rows = []
     for task, (name, method, settings) in CLASSICAL.items():

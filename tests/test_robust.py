@@ -16,7 +16,7 @@ import torch
 import mioir
 import train
 from conftest import TINY
-from degrade import TASKS, leaf_items, make_batch, ImageCache, _mapped
+from degrade import TASKS, leaf_items, ImageCache, _mapped
 from test_models import KINDS, SMALL
 
 # Children start from a server that has imported everything (optimisers import torch._dynamo) but has
@@ -221,7 +221,7 @@ def test_batches_are_the_same_bit_for_bit_however_they_are_split(tmp_path):
         for machine.rank in range(world):
             machine.world, machine.parts = world, parts
             for share in train.Stream(run, cache, machine)[3]:
-                shares.append(make_batch(share, 48, "cpu"))
+                shares.append(train.make_batch(share, 48, "cpu"))
         return [torch.cat(column) for column in zip(*shares)]
     one = batch(1, 1)
     for other in (batch(2, 1), batch(1, 2), batch(2, 2)):
@@ -248,7 +248,7 @@ def test_checkpointing_gives_the_same_gradients(arch, prompt):
         torch.manual_seed(0)
         model = mioir.build_model(arch, prompt, **SMALL[arch]).train()
         if recompute:
-            mioir.recompute_blocks(model)
+            train.recompute_blocks(model)
         torch.manual_seed(1)                                       # drop path's draws
         model(torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(2)), torch.tensor([1, 4])).mean().backward()
         models.append(model)

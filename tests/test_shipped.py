@@ -11,7 +11,8 @@ from PIL import Image
 
 import eval as evaluation
 import mioir
-from degrade import read_image, to_tensor, validation_pairs
+from degrade import read_image, to_tensor
+from eval import validation_pairs
 
 ASSETS = Path(__file__).parent.parent / "assets"
 

@@ -76,6 +76,19 @@ def test_one_step_is_device_clean(arch):
     assert losses.is_meta and losses.shape == (8,) and norm.is_meta
 
 
+def test_striped_prompts_are_told_apart_by_a_new_extractor_and_random_ones_hardly():
+    def closest(prompts):
+        z = extract(prompts[:, None])
+        return (torch.cdist(z, z) + 9 * torch.eye(7)).min() / z.norm(dim=1).mean()
+    striped = train.striped_prompts()
+    assert striped.shape == (7, 128, 128) and set(striped.unique().tolist()) == {0.0, 1.0}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        extract = mioir.Extractor(1, 64)
+        with torch.no_grad():
+            assert closest(striped) > 0.2 > 5 * closest(mioir.random_prompts())
+
+
 # The command ----------------------------------------------------------------------------------------
 
 def test_a_smoke_run_leaves_checkpoint_log_table_and_pictures(finished):
