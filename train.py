@@ -8,6 +8,10 @@
 
 One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file
 per stage, log.jsonl, table.md and .png (PSNR by stage and task), curves.png and strips.png.
+
+Reading order: the recipes; the schedule (Section 3.2) and its learning rate; which task and which
+crop a sample gets; the loop, `run_stages`, on one page. What comes after the banner "not in the
+paper" is the command line, checkpoints, processes, and what is said on the screen.
 Source: paper, Sections 3.2 and 4.1; the published options/*.yml; BasicSR's training loop.
 """
 import argparse
@@ -30,7 +34,6 @@ import numpy as np
 import torch
 from torch import distributed as dist
 from torch.nn import functional as F
-
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, apply, depth_prior, draw, leaf_items, photo_items,
@@ -38,44 +41,42 @@ from degrade import (ImageCache, ImageFiles, apply, depth_prior, draw, leaf_item
 from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
                   matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
 from mioir import (ARCHS, TASKS, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
-                   WindowBlock, build_model, random_prompts, reflect_pad)
+                   WindowBlock, build_model, reflect_pad)
 
-# ---- Recipes (paper, Section 4.1) and presets ----------------------------------------------------
+# ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
+#
+# The loss is L1, the mean of |y - gt|. batch is the total over all GPUs; crop is the edge of a
+# training crop in pixels; period is one cosine period of the learning rate in iterations; order is
+# the sequential order, in letters. Each arch's schedule has ten periods (the classifier's four).
 
 LETTERS = {"s": "sr", "b": "blur", "n": "noise", "j": "jpeg", "r": "rain", "h": "haze", "d": "dark"}
-_ADAM = dict(optimizer="Adam", weight_decay=0.0, lr=2e-4, betas=(0.9, 0.99), eta_min=1e-7,
-             ema=0.999, crop=128)
+
+_COMMON = dict(optimizer="AdamW", weight_decay=0.0, lr=2e-4, betas=(0.9, 0.99), eta_min=1e-7,
+               ema=0.999, crop=128, sizes={})
 RECIPES = {
-    "srresnet": dict(_ADAM, batch=16, period=250_000, order="sbnjrhd"),
-    "swinir": dict(_ADAM, batch=8, period=100_000, order="sbnjrhd"),
-    "restormer": dict(_ADAM, optimizer="AdamW", batch=8, period=100_000, order="rjbsnhd"),
-    "uformer": dict(_ADAM, optimizer="AdamW", weight_decay=0.02, eta_min=1e-6, batch=8,
-                    period=100_000, order="rjbsnhd"),
-    "promptir": dict(_ADAM, optimizer="AdamW", batch=8, period=100_000, order="rjbsnhd"),
-    "classifier": dict(_ADAM, batch=32, crop=256, period=250_000, order="bnjrhds"),
+    "srresnet": dict(_COMMON, optimizer="Adam", batch=16, period=250_000, order="sbnjrhd"),
+    "swinir": dict(_COMMON, optimizer="Adam", batch=8, period=100_000, order="sbnjrhd"),
+    "restormer": dict(_COMMON, batch=8, period=100_000, order="rjbsnhd"),
+    "uformer": dict(_COMMON, batch=8, period=100_000, order="rjbsnhd", weight_decay=0.02,
+                    eta_min=1e-6),
+    "promptir": dict(_COMMON, batch=8, period=100_000, order="rjbsnhd"),
+    "classifier": dict(_COMMON, optimizer="Adam", batch=32, crop=256, period=250_000,
+                       order="bnjrhds"),
 }
-LAST_STAGE = 4      # periods of the last sequential stage, all tasks; earlier stages last one
-MIXED = {"classifier": 4}  # periods of a mixed run; the others have 10, as sequential has, 6 + 4
+
 
 def striped_prompts():
     """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
-    black and white stripes, and a white one. (7,128,128)."""
+    black and white stripes, and a white one. (7,128,128). Averaged, as F_ext does, the paper's
+    random images differ by 2 to 3 % of a feature's length; these by 25 to 38 %."""
     steps = torch.arange(128, device="cpu")
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
     return (torch.stack(stripes) % 2).float()
 
 
-# Presets change the recipe; SMALL shrinks the model. leaves, validate: (how many, edge) of training
-# images if there is no --data, and of validation images. prompts: what makes the "ep" prompts.
-SMALL = {
-    "srresnet": dict(width=32, blocks=8),
-    "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
-    "uformer": dict(dim=8, depths=(1,) * 9),
-    "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(high_pass=True),
-}
+# What a preset changes in the recipe. leaves, validate: (how many, edge in pixels) of the training
+# images if there is no --data, and of the validation images. prompts: what makes "ep" prompts.
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
               crop=32, ema=0.99, channels_last=True, prompts=striped_prompts)
 PRESETS = {
@@ -86,15 +87,57 @@ PRESETS = {
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
-_UFORMER, _CLASSIFIER = dict(crop=128, batch=7), dict(crop=64, batch=28, lr=3e-3)
-SPECIAL = {  # where a preset suits an arch badly: Uformer needs 128, the classifier more to look at
-    ("hours", "uformer"): _UFORMER, ("hours", "classifier"): dict(_CLASSIFIER, period=5000),
-    ("demo", "uformer"): dict(_UFORMER, period=40), ("smoke", "uformer"): dict(crop=128),
-    ("demo", "classifier"): dict(_CLASSIFIER, period=1400), ("demo", "restormer"): dict(lr=15e-4),
-    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)), ("study", "uformer"): _UFORMER,
+# What all presets but the paper's change in an arch: its size.
+SMALL = {
+    "srresnet": dict(width=32, blocks=8),
+    "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
+    "uformer": dict(dim=8, depths=(1,) * 9),
+    "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
+    "classifier": dict(high_pass=True),
+}
+# Where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to look at.
+SPECIAL = {
+    ("smoke", "uformer"): dict(crop=128),
+    ("demo", "restormer"): dict(lr=1.5e-3),
+    ("demo", "uformer"): dict(crop=128, batch=7, period=40),
+    ("demo", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=1400),
+    ("study", "srresnet"): dict(sizes=dict(width=16, blocks=8)),
+    ("study", "uformer"): dict(crop=128, batch=7),
     ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
+    ("hours", "uformer"): dict(crop=128, batch=7),
+    ("hours", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=5000),
 }
 
+
+def recipe_of(arch, preset, period=None):
+    """The recipe that a run follows, one dict: the arch's, then what the preset changes in it, then
+    the exception for both, then --period. What comes later wins."""
+    recipe = dict(RECIPES[arch])
+    if preset != "paper":
+        recipe["sizes"] = SMALL[arch]
+    recipe.update(PRESETS[preset])
+    recipe.update(SPECIAL.get((preset, arch), {}))
+    if period:
+        recipe["period"] = period
+    return recipe
+
+
+# ---- Sequential learning (paper, Section 3.2) ----------------------------------------------------
+#
+# Tasks are added one after another, and the earlier ones stay in the mix: rehearsal, not
+# fine-tuning. For Restormer, in iterations:
+#
+#     stage 1   rain                                     100k
+#     stage 2   rain, jpeg                               100k
+#     stage 3   rain, jpeg, blur                         100k
+#       ...     one more each time
+#     stage 6   rain, jpeg, blur, sr, noise, haze        100k
+#     stage 7   all seven                            4 x 100k       in all 1M, as the mixed run has
+#
+# Each stage starts from the last weights of the one before (raw into raw, EMA into EMA), with a
+# fresh optimiser and a fresh learning rate: Adam's moments are forgotten. The authors launched this
+# as seven runs; here it is one loop, `run_stages` below.
 
 class Stage(NamedTuple):
     """What a stage of the schedule trains, and for how long."""
@@ -113,30 +156,256 @@ def stages(arch, seq=False, order=None, period=None):
     """
     order = order or RECIPES[arch]["order"]
     period = period or RECIPES[arch]["period"]
-    unknown = [letter for letter in order if letter not in LETTERS]
-    if unknown or len(set(order)) != len(order):
-        fault = f"{unknown[0]!r} is no task" if unknown else "a task is repeated"
-        letters = ", ".join(f"{letter} ({task})" for letter, task in LETTERS.items())
-        raise ValueError(f"--order {order}: {fault}; use each of {letters} at most once")
+    letters = ", ".join(f"{letter} ({task})" for letter, task in LETTERS.items())
+    for letter in order:
+        if letter not in LETTERS:
+            raise ValueError(f"--order {order}: {letter!r} is no task; use each of {letters} "
+                             "at most once")
+    if len(set(order)) != len(order):
+        raise ValueError(f"--order {order}: a task is repeated; use each of {letters} at most once")
     tasks = tuple(LETTERS[letter] for letter in order)
     if not seq:
-        return [Stage(tasks, (period,) * MIXED.get(arch, 10))]
-    growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]
-    return [*growing, Stage(tasks, (period,) * LAST_STAGE)]
+        return [Stage(tasks, (period,) * (4 if arch == "classifier" else 10))]
+    growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]       # stages 1 to 6
+    return [*growing, Stage(tasks, (period,) * 4)]                              # stage 7
 
 
 def lr_at(iteration, periods, base_lr, eta_min):
-    """Learning rate of the 1-based iteration: cosine from base_lr to eta_min, anew in each period.
+    """Learning rate of the 1-based iteration: a cosine from base to eta_min, anew in each period,
+
+        eta_min + (base - eta_min) / 2 * (1 + cos(pi * (done - start) / period)).
+
     As published, the restart comes one iteration late: the first iteration of a later period still
     has eta_min (BasicSR's CosineAnnealingRestartLR counts a period's end to the period itself).
     """
-    done, start = iteration - 1, 0
+    done, start, end = iteration - 1, 0, 0
     for period in periods:
-        if done <= start + period:
+        start, end = end, end + period
+        if done <= end:
             break
-        start += period
     return eta_min + 0.5 * (base_lr - eta_min) * (1 + math.cos(math.pi * (done - start) / period))
 
+
+# ---- Which task, which crop ----------------------------------------------------------------------
+#
+# A sample is what the processor prepares, a crop and the random numbers for its degradation; the
+# degrading itself happens a batch at a time on the training device. A sample depends on (seed,
+# stage, t, i) alone, t the iteration and i its place in the batch, whoever computes it: so a
+# resumed run, or one on more GPUs, sees what the undisturbed run sees.
+#
+# The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
+# JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
+# a crop is cut from inside a larger canvas that has been degraded:
+#
+#     +----------------------- crop + 48 -----+      16 to 31 pixels of margin at the top and left,
+#     |  offset                               |      so that all 16 phases of JPEG's chroma grid
+#     |     +--------- crop ---------+        |      occur equally often; 17 to 32 at the others.
+#     |     |                        |        |
+
+MARGIN = 48
+RAIN_FIELD = 512    # edge of the field from which a training crop's rain is cut, and the brightness
+RAIN_PEAK = 0.88       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
+
+
+def task_of(tasks, t, i, batch):
+    """Tasks take turns over all samples of all iterations, so that each is seen equally often.
+    With 7 tasks and a batch of 8 each occurs once and one twice: 8 times in 7 iterations."""
+    return tasks[(t * batch + i) % len(tasks)]
+
+
+def sample(source, tasks, crop, batch, key):
+    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
+
+    source: ImageCache or ImageFiles. crop: edge in pixels. key: (seed, stage, t, i).
+    """
+    seed, stage, t, i = key
+    g = seeded(*key)
+
+    def below(n):                                  # a random integer, 0 .. n - 1
+        return int(torch.randint(n, (1,), generator=g))
+
+    task = task_of(tasks, t, i, batch)
+    # Without a cache, `share` samples in a row come from one image, which is decoded once.
+    chooser = seeded(seed, stage, "image", (t * batch + i) // source.share)
+    k = int(torch.randint(len(source), (1,), generator=chooser))
+    h, w = source.size(k)
+    edge = crop + MARGIN
+    top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
+    item = {"task": task,
+            "canvas": source.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
+            "offset": (16 + below(16), 16 + below(16)),
+            "turn": below(8),                                           # of flips and rotations
+            "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))}
+    if task == "haze":
+        depth = source.depth(k)                                                 # (1,1,h,w)
+        if depth is None:
+            depth = depth_prior(h, w, g)
+        else:
+            depth = F.interpolate(depth, (h, w), mode="bilinear")
+        item["depth_max"] = depth.amax()[None]     # the whole image's, not the crop's
+        depth = depth[:, :, top:top + edge, left:left + edge]
+        item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
+    return item
+
+
+def make_batch(samples, crop, device):
+    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS."""
+    canvas = torch.stack([s["canvas"] for s in samples])                        # (N,3,edge,edge)
+    canvas = canvas.to(device, non_blocking=True).float() / 255
+    degraded = torch.empty_like(canvas)
+    for task in TASKS:                                         # all images of a task at once
+        rows = [i for i, s in enumerate(samples) if s["task"] == task]
+        if rows:
+            degraded[rows] = degrade_group(canvas[rows], task, [samples[i] for i in rows])
+    lq, gt = [], []
+    for i, s in enumerate(samples):
+        y, x = s["offset"]
+        pair = torch.cat((degraded[i], canvas[i]))[:, y:y + crop, x:x + crop]   # (6,crop,crop)
+        pair = turned(pair, s["turn"])
+        lq.append(pair[:3])
+        gt.append(pair[3:])
+    task = torch.tensor([TASKS.index(s["task"]) for s in samples], device=device)
+    return torch.stack(lq), torch.stack(gt), task
+
+
+def degrade_group(canvas, task, samples):
+    """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers."""
+    drawn = {}
+    for name in samples[0]["drawn"]:
+        drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
+    if task != "haze":
+        return apply(canvas, task, drawn, peak=RAIN_PEAK)
+    depth = torch.cat([s["depth"] for s in samples]).to(canvas.device)          # (n,1,edge,edge)
+    depth_max = torch.cat([s["depth_max"] for s in samples]).to(canvas.device)  # (n,)
+    return apply(canvas, task, drawn, depth, depth_max)
+
+
+def turned(x, turn):
+    """One of the eight flips and quarter turns of (C,H,H)."""
+    if turn & 1:
+        x = x.mT
+    axes = [axis for axis, bit in ((1, 2), (2, 4)) if turn & bit]
+    return x.flip(axes)
+
+
+class Stream(torch.utils.data.Dataset):
+    """Iteration t -> this process's parts of the batch, each a list of samples."""
+
+    def __init__(self, run, source, machine):
+        self.source, self.shares = source, machine.share(run.recipe["batch"])
+        self.tasks, self.seed, self.stage = run.stages[run.stage].tasks, run.args.seed, run.stage
+        self.crop, self.batch = run.recipe["crop"], run.recipe["batch"]
+
+    def __getitem__(self, t):
+        return [[sample(self.source, self.tasks, self.crop, self.batch,
+                        (self.seed, self.stage, t, i)) for i in rows] for rows in self.shares]
+
+
+def batches(run, source, machine):
+    """Yields (t, parts) for the rest of run.stage: parts is [(rows of the batch, samples), ...],
+    one part unless --accumulate asks for more. Raises ValueError that names a file gone bad."""
+    on_gpu, workers = machine.device.type == "cuda", run.args.workers
+    if workers is None:
+        workers = 8 if on_gpu else 0
+    ahead = range(run.iteration, run.stages[run.stage].iterations)
+    loader = iter(torch.utils.data.DataLoader(
+        Stream(run, source, machine), batch_size=None, sampler=ahead, pin_memory=on_gpu,
+        num_workers=workers))
+    for t in ahead:
+        try:
+            parts = next(loader)
+        except (ValueError, OSError) as error:     # a worker's comes with its traceback; the last
+            reason = str(error).splitlines()[-1]   # line says what happened
+            raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {reason}; "
+                             f"{run.last_good()}") from None
+        torch.manual_seed(seeded(run.args.seed, run.stage, t, machine.rank).initial_seed())
+        yield t, list(zip(machine.share(run.recipe["batch"]), parts))
+
+
+def prepare_batch(samples, crop, machine, args):
+    """make_batch, laid out for the network. The classifier sees degraded images alone."""
+    lq, gt, task = make_batch(samples, crop, machine.device)
+    if machine.channels_last:
+        lq = lq.contiguous(memory_format=torch.channels_last)
+    return lq, None if args.arch == "classifier" else gt, task
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+def loss_per_image(net, lq, gt, task):
+    """(N,): L1, the paper's only loss; for the classifier, cross-entropy."""
+    if gt is None:
+        return F.cross_entropy(net(lq), task, reduction="none")
+    return (net(lq, task) - gt).abs().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema = decay * ema + (1 - decay) * model, parameter by parameter."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def run_stages(run, net, source, machine, log):
+    """The whole schedule of Section 3.2, from where the run stands (its start, or where it was
+    stopped) to its end. net is run.model as it is called: compiled, or shared among processes."""
+    recipe, args, batch = run.recipe, run.args, run.recipe["batch"]
+    pairs = validation_pairs(builtin_images(*recipe["validate"]))   # {task: [(lq, gt), ...]}
+    if not run.table:
+        run.table = [before_training(args, pairs)]
+
+    while run.stage < len(run.stages):
+        stage = run.stages[run.stage]                       # its tasks: one more each time
+        if run.iteration == 0:
+            run.new_optimizer()                             # weights and EMA go on, Adam does not
+        log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
+
+        for t, parts in batches(run, source, machine):
+            lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            run.optimizer.zero_grad(set_to_none=True)
+            net.train()
+            losses = torch.zeros(batch, device=machine.device)
+            for k, (rows, samples) in enumerate(parts):     # one part, unless --accumulate
+                lq, gt, task = prepare_batch(samples, recipe["crop"], machine, args)
+                with machine.autocast(), machine.no_exchange(net, k < len(parts) - 1):
+                    loss = loss_per_image(net, lq, gt, task)                    # (n,)
+                # The mean over the batch. Times world, because DDP averages over the processes.
+                (loss.sum() * machine.world / batch).backward()
+                losses[rows.start:rows.stop] = loss.detach()
+
+            losses = machine.sum_of_all(losses)                                 # (batch,)
+            tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
+            refuse_what_is_not_finite(run, losses, tasks, t)    # before the weights change
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in run.model.parameters() if p.grad is not None])
+            run.optimizer.step()
+            update_ema(run.ema, run.model, recipe["ema"])
+            run.iteration = t + 1
+
+            log.add(run, losses, tasks, norm, lr)
+            if run.iteration % (args.save_every or recipe["save_every"]) == 0:
+                run.save()
+            due = args.val_every and run.iteration % args.val_every == 0
+            if due and run.iteration < stage.iterations:    # a stage's end is validated below
+                log.write(stage=run.stage + 1, iteration=run.iteration,
+                          psnr=validate(run, pairs, machine, log))
+            if machine.any_of_all(log.stop is not None):
+                stopped(run, log)
+
+        name = f"stage {run.stage + 1} (+{stage.tasks[-1]})" if args.seq else "mixed"
+        run.table.append((name, validate(run, pairs, machine, log)))
+        run.stage += 1
+        run.iteration = 0
+        run.save(keep=f"stage{run.stage}.pt")
+        log.write(stage=run.stage, psnr=run.table[-1][1])
+        show_table(run, log)
+    finish(run, pairs, log, machine)
+
+
+# ==================================================================================================
+# Not in the paper: the command line, checkpoints, processes, and what a run says.
+# ==================================================================================================
 
 # ---- The command line ----------------------------------------------------------------------------
 
@@ -178,16 +447,14 @@ class Args:
 
     @property
     def recipe(self):
-        """The arch's recipe with the preset's changes."""
-        changes = {**PRESETS[self.preset], **SPECIAL.get((self.preset, self.arch), {})}
-        sizes = {} if self.preset == "paper" else SMALL[self.arch]
-        period = {"period": self.period} if self.period else {}
-        return {**RECIPES[self.arch], "sizes": sizes, **changes, **period}
+        return recipe_of(self.arch, self.preset, self.period)
 
     @property
     def name(self):
-        kind = ("seq" if self.seq else "mixed", self.prompt or "plain")
-        return "-".join((self.arch, *(() if self.arch == "classifier" else kind), self.preset))
+        if self.arch == "classifier":
+            return f"classifier-{self.preset}"
+        schedule = "seq" if self.seq else "mixed"
+        return f"{self.arch}-{schedule}-{self.prompt or 'plain'}-{self.preset}"
 
 
 def parse(argv):
@@ -196,8 +463,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.error = lambda message: sys.exit(f"train.py: {message} (see python train.py --help)")
     for f in dataclasses.fields(Args):
-        kind = (dict(action="store_true") if f.type is bool else
-                dict(type=int if f.type is int else str, default=f.default))
+        if f.type is bool:
+            kind = dict(action="store_true")
+        else:
+            kind = dict(type=int if f.type is int else str, default=f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     if args.arch == "promptir" and args.prompt:
@@ -222,31 +491,37 @@ def print_plan(args):
     print(f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
           f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
           f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n")
-    rows = []
+    rows, total = [], 0
     for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"]), 1):
-        rates = [lr_at(t, stage.periods, r["lr"], r["eta_min"])
-                 for t in (1, stage.iterations // 2, stage.iterations)]
+        rates = []
+        for t in (1, stage.iterations // 2, stage.iterations):
+            rates.append(f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}")
         rows.append([k, " ".join(stage.tasks), stage.iterations,
-                     f"{len(stage.periods)} x {stage.periods[0]}", *(f"{lr:.3e}" for lr in rates)])
+                     f"{len(stage.periods)} x {stage.periods[0]}", *rates])
+        total += stage.iterations
     print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first",
                     "lr middle", "lr last"], rows))
-    print(f"\ntotal: {sum(row[2] for row in rows)} iterations; each stage has a fresh optimiser")
+    print(f"\ntotal: {total} iterations; each stage has a fresh optimiser")
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
 
 class Run:
-    """Everything that a checkpoint holds: the weights, where the run stands, and what it is."""
+    """Everything that a checkpoint holds: the weights, where the run stands, and what it is.
+    leads: this process writes the files, one of all that train together."""
 
-    def __init__(self, args, device):
-        self.args, self.recipe, self.out = args, args.recipe, Path(args.out)
+    def __init__(self, args, device, leads=True):
+        self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
         self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"])
         with torch.random.fork_rng(devices=[]):                # leaves the caller's generator alone
             torch.manual_seed(args.seed)
-            self.model = (TaskClassifier(**self.recipe["sizes"]) if args.arch == "classifier" else
-                          build_model(args.arch, args.prompt, **self.recipe["sizes"])).to(device)
-        if args.prompt == "ep":
-            self.model.prompts.copy_(self.recipe.get("prompts", random_prompts)())
+            if args.arch == "classifier":
+                model = TaskClassifier(**self.recipe["sizes"])
+            else:
+                model = build_model(args.arch, args.prompt, **self.recipe["sizes"])
+        self.model = model.to(device)
+        if args.prompt == "ep" and "prompts" in self.recipe:
+            self.model.prompts.copy_(self.recipe["prompts"]())
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.stage, self.iteration = 0, 0                    # this stage, and iterations done in it
         self.table = []                                         # [(name, {task: PSNR}), ...]
@@ -269,6 +544,8 @@ class Run:
 
     def save(self, keep=None):
         """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name."""
+        if not self.leads:
+            return
         last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
         state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt,
                  "sizes": self.recipe["sizes"], "facts": self.facts, "table": self.table,
@@ -292,9 +569,9 @@ class Run:
 
     def last_good(self):
         """What to go on from after a fault, in words."""
-        found = checkpoints(self.out)
-        return (f"{found[0]} is unharmed; make room and add --resume" if found else
-                "no checkpoint was written yet")
+        for path in checkpoints(self.out):
+            return f"{path} is unharmed; make room and add --resume"
+        return "no checkpoint was written yet"
 
     def load(self, say):
         """Goes on from last.pt, or previous.pt if the newest is torn. Refuses another recipe."""
@@ -335,92 +612,28 @@ def copy_or_link(source, target):
     os.replace(unfinished, target)
 
 
-# ---- Training batches ----------------------------------------------------------------------------
-
-# The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
-# JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
-# each sample is cut from the middle of a larger canvas: 16 pixels or more of margin, and 0 to 15
-# more, so that all 16 phases of JPEG's chroma grid occur equally often.
-MARGIN = 48
-RAIN_FIELD = 512    # edge of the field from which a training crop's rain is cut, and the brightness
-RAIN_PEAK = 0.88       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
-
-
-def task_of(tasks, iteration, i, batch):
-    """Tasks take turns over all samples of all iterations, so that each is seen equally often."""
-    return tasks[(iteration * batch + i) % len(tasks)]
-
-
-def sample(source, tasks, crop, seed, stage, iteration, i, batch):
-    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
-
-    It depends on (seed, stage, iteration, i) alone, whoever computes it.
-    """
-    g = seeded(seed, stage, iteration, i)
-    def below(n):
-        return int(torch.randint(n, (1,), generator=g))
-    task = task_of(tasks, iteration, i, batch)
-    chooser = seeded(seed, stage, "image", (iteration * batch + i) // source.share)
-    k, edge = int(torch.randint(len(source), (1,), generator=chooser)), crop + MARGIN
-    h, w = source.size(k)
-    top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
-    item = {"task": task, "canvas": source.crop(k, top, left, edge),
-            "offset": (16 + below(16), 16 + below(16)), "turn": below(8),
-            "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD,) * 2)}
-    if task == "haze":
-        depth = source.depth(k)
-        depth = (depth_prior(h, w, g) if depth is None
-                 else F.interpolate(depth, (h, w), mode="bilinear"))
-        item["depth_max"] = depth.amax()[None]
-        item["depth"] = reflect_pad(depth[:, :, top:top + edge, left:left + edge],
-                                    0, max(edge - w, 0), 0, max(edge - h, 0))
-    return item
+def open_images(args, say):
+    """The images to train on. Refuses what would lose an earlier run."""
+    out, recipe = Path(args.out), args.recipe
+    begun = checkpoints(out)
+    if begun and not args.resume:
+        raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose "
+                         "another --out")
+    if args.resume and not begun:
+        raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
+    items = []
+    if args.data:
+        items += photo_items(args.data, args.depth)
+    if args.leaves or not args.data:
+        count, edge = recipe["leaves"]
+        items += leaf_items(args.leaves or count, edge, args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.cache == "none":
+        return ImageFiles(out, items, recipe["crop"], say)
+    return ImageCache(args.cache or out / "cache", items, recipe["crop"], say)
 
 
-def make_batch(samples, crop, device):
-    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS."""
-    canvas = torch.stack([s["canvas"] for s in samples]).to(device, non_blocking=True).float() / 255
-    degraded = torch.empty_like(canvas)
-    for task in {s["task"]: None for s in samples}:                            # in order, once each
-        rows = [i for i, s in enumerate(samples) if s["task"] == task]
-        group = [samples[i] for i in rows]
-        def join(key):
-            return torch.cat([s[key] for s in group]).to(device) if key in group[0] else None
-        drawn = {name: torch.cat([s["drawn"][name] for s in group]) for name in group[0]["drawn"]}
-        depth, depth_max = join("depth"), join("depth_max")
-        degraded[rows] = apply(canvas[rows], task, drawn, depth, depth_max, RAIN_PEAK)
-    pairs = torch.cat((degraded, canvas), 1)                                      # (N,6,edge,edge)
-    pairs = torch.stack([_turn(pair[:, y:y + crop, x:x + crop], s["turn"])
-                         for pair, s in zip(pairs, samples) for y, x in [s["offset"]]])
-    task = torch.tensor([TASKS.index(s["task"]) for s in samples], device=device)
-    return pairs[:, :3].contiguous(), pairs[:, 3:].contiguous(), task
-
-
-def _turn(x, turn):
-    """One of the eight flips and quarter turns of (C,H,H)."""
-    x = x.mT if turn & 1 else x
-    return x.flip([axis for axis, bit in ((1, 2), (2, 4)) if turn & bit])
-
-
-def recompute_blocks(model):
-    """Activation checkpointing: a block keeps its input alone and is run again going backward.
-    SRResNet's are small, and modulated one by one: of four, the first one's input alone is kept."""
-    for module in model.modules():
-        if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        if isinstance(module, SRResNet):
-            module.four_blocks = functools.partial(checkpoint, module.four_blocks,
-                                                   use_reentrant=False)
-
-
-def lay_channels_last(model):
-    """Convolutions' weights in torch.channels_last; `model.to` refuses PromptIR's 5-D prompts."""
-    for p in model.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-
-
-# ---- One iteration -------------------------------------------------------------------------------
+# ---- Where it runs -------------------------------------------------------------------------------
 
 class Machine:
     """Where a run computes: the device, this process's rank among `world`, and how fast a way it
@@ -467,118 +680,77 @@ class Machine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
+    def no_exchange(self, net, more_to_come):
+        """Gradients are exchanged between processes after the last part of a batch only."""
+        if self.world > 1 and more_to_come:
+            return net.no_sync()
+        return contextlib.nullcontext()
 
-def loss_per_image(net, lq, gt, task):
-    """(N,): L1, the paper's only loss; for the classifier, cross-entropy."""
-    if gt is None:
-        return F.cross_entropy(net(lq), task, reduction="none")
-    return (net(lq, task) - gt).abs().mean((1, 2, 3))
+    def sum_of_all(self, x):
+        """The tensor, added up over all processes."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any_of_all(self, flag):
+        """Whether any process says so, so that all of them stop after the same iteration."""
+        return self.sum_of_all(torch.tensor(float(flag), device=self.device)).item() > 0
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model, parameter by parameter."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def recompute_blocks(model):
+    """Activation checkpointing: a block keeps its input alone and is run again going backward.
+    SRResNet's are small: of four, the first one's input alone is kept."""
+    for module in model.modules():
+        if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        if isinstance(module, SRResNet):
+            module.four_blocks = functools.partial(checkpoint, module.four_blocks,
+                                                   use_reentrant=False)
 
 
-def step(run, net, parts, lr, machine, stop=False):
-    """One iteration over this process's parts of the batch, [(lq, gt, task), ...].
+def lay_channels_last(model):
+    """Convolutions' weights in torch.channels_last; `model.to` refuses PromptIR's 5-D prompts."""
+    for p in model.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
-    Returns the losses of the whole batch (N,), the gradient's norm, and whether a process wants to
-    stop. Raises FloatingPointError, before the weights change, where a loss is not finite.
-    """
-    batch = run.recipe["batch"]
-    net.train()
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.zero_grad(set_to_none=True)
-    losses = torch.zeros(batch + 1, device=machine.device)
-    losses[-1] = float(stop)                              # rides along: all processes stop together
-    for k, (rows, (lq, gt, task)) in enumerate(zip(machine.share(batch), parts)):
-        last = k == len(parts) - 1
-        with contextlib.nullcontext() if last or machine.world == 1 else net.no_sync():
-            with machine.autocast():
-                loss = loss_per_image(net, lq, gt, task)
-            # Processes average their gradients, so each divides by its own share of the batch.
-            (loss.sum() * machine.world / batch).backward()
-        losses[rows.start:rows.stop] = loss.detach()
+
+# ---- What a run says -----------------------------------------------------------------------------
+
+def before_training(args, pairs):
+    """The first row of a run's table, (name, {task: number}): what training has to beat."""
+    if args.arch == "classifier":
+        return "chance", dict.fromkeys(TASKS, 100 / len(TASKS))
+    return "input", input_psnr(pairs)
+
+
+def validate(run, pairs, machine, log):
+    """{task: PSNR in dB, or the classifier's accuracy in %}; one process computes, others wait."""
+    started, scores = time.monotonic(), None
+    if run.leads and run.args.arch == "classifier":
+        scores, _ = confusion(run.model, pairs, machine.device)
+    elif run.leads:
+        scores = mean_psnr(run.model, pairs, machine.device)
     if machine.world > 1:
-        dist.all_reduce(losses)
-    if not losses.is_meta and not losses.isfinite().all():
-        raise FloatingPointError(int((~losses.isfinite()).nonzero()[0]))
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    run.optimizer.step()
-    update_ema(run.ema, run.model, run.recipe["ema"])
-    return losses[:-1], norm, losses[-1] > 0
+        dist.barrier()
+    log.idle += time.monotonic() - started
+    return scores
 
 
-# ---- The loop ------------------------------------------------------------------------------------
-
-class Stream(torch.utils.data.Dataset):
-    """Iteration t -> this process's samples. What they are depends on (seed, stage, t) alone, so
-    any worker may make them, and a resumed run sees what the uninterrupted one would have seen."""
-
-    def __init__(self, run, source, machine):
-        self.source, self.shares = source, machine.share(run.recipe["batch"])
-        self.tasks, self.seed, self.stage = run.stages[run.stage].tasks, run.args.seed, run.stage
-        self.crop, self.batch = run.recipe["crop"], run.recipe["batch"]
-
-    def __getitem__(self, t):
-        try:
-            return [[sample(self.source, self.tasks, self.crop, self.seed, self.stage, t, i,
-                            self.batch) for i in share] for share in self.shares]
-        except (ValueError, OSError) as error:            # a worker's traceback would hide the file
-            return str(error)
-
-
-def train_stage(run, net, source, machine, log, validate):
-    """Trains run.stage from run.iteration to its end; True if asked to stop before."""
-    stage, recipe, device = run.stages[run.stage], run.recipe, machine.device
-    workers, on_gpu, batch = run.args.workers, device.type == "cuda", recipe["batch"]
-    ahead = range(run.iteration, stage.iterations)
-    loader = torch.utils.data.DataLoader(
-        Stream(run, source, machine), batch_size=None, sampler=ahead, pin_memory=on_gpu,
-        num_workers=workers if workers is not None else 8 * on_gpu)
-    for t, parts in zip(ahead, loader):
-        where = f"stage {run.stage + 1}, iteration {t + 1}"
-        if isinstance(parts, str):
-            raise ValueError(f"{where}: {parts}; {run.last_good()}")
-        drop_path = seeded(run.args.seed, run.stage, t, machine.rank)
-        torch.manual_seed(drop_path.initial_seed())
-        parts = [prepare_batch(part, recipe["crop"], machine, run.args) for part in parts]
-        lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
-        tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
-        try:
-            losses, norm, stop = step(run, net, parts, lr, machine, log.stop is not None)
-        except FloatingPointError as fault:
-            raise ValueError(f"{where}: the loss of {tasks[int(str(fault))]} is not finite; the "
-                             f"weights were left as they were before; {run.last_good()}") from None
-        run.iteration = t + 1
-        log.add(run, losses.cpu(), tasks, norm, lr)
-        if run.iteration % (run.args.save_every or recipe["save_every"]) == 0 and machine.rank == 0:
-            run.save()
-        every = run.args.val_every
-        if every and run.iteration % every == 0 and run.iteration < stage.iterations:
-            log.write(stage=run.stage + 1, iteration=run.iteration, psnr=validate())
-        if stop:
-            return True
-    return False
-
-
-def prepare_batch(samples, crop, machine, args):
-    """Degrades on the training device; the classifier sees degraded images alone."""
-    lq, gt, task = make_batch(samples, crop, machine.device)
-    if machine.channels_last:
-        lq = lq.contiguous(memory_format=torch.channels_last)
-    return lq, None if args.arch == "classifier" else gt, task
+def refuse_what_is_not_finite(run, losses, tasks, t):
+    """Raises ValueError that names the task whose loss is not a number."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: the loss of {tasks[bad[0]]} "
+                         "is not finite; the weights were left as they were before; "
+                         f"{run.last_good()}")
 
 
 class Log:
     """Progress on the screen and in log.jsonl; one process of many speaks."""
 
-    def __init__(self, run, machine):
-        self.speaks = machine.rank == 0
+    def __init__(self, run):
+        self.speaks = run.leads
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
         self.total = sum(stage.iterations for stage in run.stages)
         self.iterations, self.start, self.idle = 0, time.monotonic(), 0.0  # idle: when validating
@@ -608,30 +780,38 @@ class Log:
         return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
 
     def left(self, run):
+        """Seconds to the end of the run, at this rate."""
         done = sum(stage.iterations for stage in run.stages[:run.stage]) + run.iteration
         return (self.total - done) / self.rate()
 
     def add(self, run, losses, tasks, norm, lr):
         """Counts an iteration; speaks every log_every iterations."""
         rows = torch.tensor([TASKS.index(task) for task in tasks])
-        self.sums.index_add_(0, rows, losses)
+        self.sums.index_add_(0, rows, losses.cpu())
         self.counts += rows.bincount(minlength=len(TASKS))
         self.iterations += 1
-        stage, batch = run.stages[run.stage], run.recipe["batch"]
+        stage = run.stages[run.stage]
         if self.iterations == 20:
             self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
-        if run.iteration % run.recipe["log_every"] and run.iteration != stage.iterations:
-            return
-        means = {task: round((total / count).item(), 5)
-                 for task, total, count in zip(TASKS, self.sums, self.counts) if count}
-        self.sums.zero_(), self.counts.zero_()
-        losses, rate = " ".join(f"{task} {loss:.4f}" for task, loss in means.items()), self.rate()
+        if run.iteration % run.recipe["log_every"] == 0 or run.iteration == stage.iterations:
+            self.report(run, stage, norm, lr)
+
+    def report(self, run, stage, norm, lr):
+        """One line about the iterations since the last one."""
+        means = {}
+        for task, total, count in zip(TASKS, self.sums, self.counts):
+            if count:
+                means[task] = round((total / count).item(), 5)
+        self.sums.zero_()
+        self.counts.zero_()
+        losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
+        images = self.rate() * run.recipe["batch"]
         self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | "
-                 f"loss {losses} | lr {lr:.1e} | {rate * batch:.1f} images/s | "
+                 f"loss {losses} | lr {lr:.1e} | {images:.1f} images/s | "
                  f"{clock(self.left(run))} left")
         self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=means,
-                   lr=lr, gradient_norm=round(norm.item(), 5),
-                   images_per_second=round(rate * batch, 2), seconds_left=round(self.left(run)))
+                   lr=lr, gradient_norm=round(norm.item(), 5), images_per_second=round(images, 2),
+                   seconds_left=round(self.left(run)))
 
 
 def clock(seconds):
@@ -650,126 +830,55 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ---- A whole run ---------------------------------------------------------------------------------
-
-def open_images(args, say):
-    """The images to train on. Refuses what would lose an earlier run."""
-    out, recipe = Path(args.out), args.recipe
-    begun = checkpoints(out)
-    if begun and not args.resume:
-        raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose "
-                         "another --out")
-    if args.resume and not begun:
-        raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
-    count, edge = recipe["leaves"]
-    items = photo_items(args.data, args.depth) if args.data else []
-    if args.leaves or not args.data:
-        items += leaf_items(args.leaves or count, edge, args.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.cache == "none":
-        return ImageFiles(out, items, recipe["crop"], say)
-    return ImageCache(args.cache or out / "cache", items, recipe["crop"], say)
-
-
-def show_table(run, say):
+def show_table(run, log):
     """The stage x task table: printed, and written as table.md and table.png."""
+    if not run.leads:
+        return
     unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
-    rows = [[name, *(psnrs[task] for task in TASKS), float(np.mean(list(psnrs.values())))]
-            for name, psnrs in run.table]
-    text = markdown([f"{unit} after", *TASKS, "mean"], rows)
+    rows = []
+    for name, scores in run.table:
+        numbers = [scores[task] for task in TASKS]
+        rows.append((name, [*numbers, float(np.mean(numbers))]))
+    text = markdown([f"{unit} after", *TASKS, "mean"], [[name, *cells] for name, cells in rows])
     (run.out / "table.md").write_text(text + "\n")
     trained = {(i, TASKS.index(task)) for i, stage in enumerate(run.stages, 1)
                for task in stage.tasks}
     title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
-    matrix_picture(run.out / "table.png", title, [*TASKS, "mean"],
-                   [(row[0], row[1:]) for row in rows], trained)
+    matrix_picture(run.out / "table.png", title, [*TASKS, "mean"], rows, trained)
     curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl")
-    say(text)
+    log.say(text)
 
 
 def announce(run, source, machine, say):
-    """The first line: where and what will run; then the stages."""
-    crop, on_gpu = run.recipe["crop"], machine.device.type == "cuda"
-    where = (torch.cuda.get_device_name(machine.device) if on_gpu else
-             f"cpu, {torch.get_num_threads()} threads")
-    where += f", {machine.world} processes" if machine.world > 1 else ""
+    """The first lines: where and what will run; then the stages."""
+    if machine.device.type == "cuda":
+        where = torch.cuda.get_device_name(machine.device)
+    else:
+        where = f"cpu, {torch.get_num_threads()} threads"
+    if machine.world > 1:
+        where += f", {machine.world} processes"
+    crop, iterations = run.recipe["crop"], sum(stage.iterations for stage in run.stages)
     say(f"on {where}: {run.args.name}, "
         f"{sum(p.numel() for p in run.model.parameters()):,} parameters, "
-        f"{sum(stage.iterations for stage in run.stages):,} iterations of {run.recipe['batch']} "
-        f"crops of {crop} x {crop} from {len(source)} images, {run.args.precision}")
+        f"{iterations:,} iterations of {run.recipe['batch']} crops of {crop} x {crop} "
+        f"from {len(source)} images, {run.args.precision}")
     for k, stage in enumerate(run.stages, 1):
         say(f"  stage {k}: {', '.join(stage.tasks)}; {stage.iterations:,} iterations")
 
 
-def train(args):
-    """A whole run, from Args to the last picture."""
-    if args.print_plan:
-        return print_plan(args)
-    machine = Machine(args)
-    source = open_images(args, print) if machine.rank == 0 else None  # one decodes, others wait
-    if machine.world > 1:
-        dist.barrier()
-        source = source or open_images(args, lambda text: None)
-    run = Run(args, machine.device)
-    run.identify(source.identity)
-    net = machine.wrap(run.model)
-    log = Log(run, machine)
-    try:
-        announce(run, source, machine, log.say)
-        if args.resume:
-            run.load(log.say)
-        run_stages(run, net, source, machine, log)
-    finally:
-        log.close()
-
-
-def run_stages(run, net, source, machine, log):
-    """The whole schedule, from where the run stands to its end."""
-    classify = run.args.arch == "classifier"
-    pairs = validation_pairs(builtin_images(*run.recipe["validate"]))
-
-    def validate():
-        started, scores = time.monotonic(), None
-        if machine.rank == 0:
-            scores = (confusion(run.model, pairs, machine.device)[0] if classify else
-                      mean_psnr(run.model, pairs, machine.device))
-        if machine.world > 1:
-            dist.barrier()
-        log.idle += time.monotonic() - started
-        return scores
-    if not run.table:
-        run.table = [("chance", dict.fromkeys(TASKS, 100 / 7)) if classify else
-                     ("input", input_psnr(pairs))]
-    while run.stage < len(run.stages):
-        stage = run.stages[run.stage]
-        if run.iteration == 0:
-            run.new_optimizer()
-        log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
-        if train_stage(run, net, source, machine, log, validate):
-            return stopped(run, log, machine)
-        name = f"stage {run.stage + 1} (+{stage.tasks[-1]})" if run.args.seq else "mixed"
-        run.table.append((name, validate()))
-        run.stage, run.iteration = run.stage + 1, 0
-        if machine.rank == 0:
-            run.save(keep=f"stage{run.stage}.pt")
-            log.write(stage=run.stage, psnr=run.table[-1][1])
-            show_table(run, log.say)
-    if machine.rank == 0:
-        finish(run, pairs, log, machine)
-
-
-def stopped(run, log, machine):
+def stopped(run, log):
     """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown."""
-    if machine.rank == 0:
-        run.save()
-        again = " ".join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
-        log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
-                f"To go on:\n  python {again}")
+    run.save()
+    again = " ".join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+    log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
+            f"To go on:\n  python {again}")
     sys.exit(128 + (log.stop or signal.SIGTERM))
 
 
 def finish(run, pairs, log, machine):
     """The last words: a classifier's confusion matrix or the strips, and what the run took."""
+    if not run.leads:
+        return
     if run.args.arch == "classifier":
         log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
     else:
@@ -778,6 +887,29 @@ def finish(run, pairs, log, machine):
             f"{log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
             f"{peak_memory(machine.device):.1f} GB; {run.out} holds last.pt, log and pictures\n"
             f"next: python eval.py {run.out}/last.pt")
+
+
+def train(args):
+    """A whole run, from Args to the last picture."""
+    if args.print_plan:
+        return print_plan(args)
+    machine = Machine(args)
+    leads = machine.rank == 0
+    source = open_images(args, print) if leads else None            # one decodes, others wait
+    if machine.world > 1:
+        dist.barrier()
+        source = source or open_images(args, lambda text: None)
+    run = Run(args, machine.device, leads)
+    run.identify(source.identity)
+    net = machine.wrap(run.model)
+    log = Log(run)
+    try:
+        announce(run, source, machine, log.say)
+        if args.resume:
+            run.load(log.say)
+        run_stages(run, net, source, machine, log)
+    finally:
+        log.close()
 
 
 def main(argv=None):

@@ -172,7 +172,7 @@ def test_restore_pads_as_the_published_protocol_does():
     seen = []
 
     class Spy(mioir.Backbone):
-        def body(self, x, modulate):
+        def body(self, x, prompt):
             seen.append(x)
             return x
     for multiple, square, size in ((1, False, (37, 200)), (8, False, (40, 200)), (64, False, (64, 256)),
@@ -228,7 +228,7 @@ def test_a_large_adaptive_prompt_read_in_strips_gives_the_same_features():
     extract = mioir.Extractor(3, 64)
     for h, w in ((95, 64), (300, 71), (5, 9), (41, 2)):
         p = torch.rand(2, 3, h, max(w, 5))
-        assert torch.allclose(extract(p), extract.mean_by_strips(p, rows=4), atol=1e-6)
+        assert torch.allclose(extract(p), mioir.mean_by_strips(extract, p, rows=4), atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ("swinir", "restormer", "uformer", "promptir"))
@@ -275,14 +275,16 @@ def test_import_builds_and_prints_nothing():
 
 
 @pytest.mark.parametrize("shifted", (False, True))
-def test_attention_in_one_kernel_is_the_plain_formula(shifted):
+def test_attention_in_one_kernel_is_the_plain_formula(shifted, monkeypatch):
     """CPUs take the formula, a few windows at a time, GPUs the kernel: forward and gradients agree."""
     torch.manual_seed(5)
     attention = mioir.WindowAttention(12, 3, 4).double()
     t = torch.randn(2, 36, 16, 12, dtype=torch.float64, requires_grad=True)              # 36: two times 16, and 4
     mask = mioir.shift_mask(24, 24, 4, 2, "cpu").double() if shifted else None
     bias = attention.bias_table[attention.index].permute(2, 0, 1)
-    plain, fused = attention(t, mask), attention.windows(t, bias, mask, fused=True)
+    plain = attention(t, mask)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    fused = attention.attend(t, bias, mask)
     assert torch.allclose(plain, fused, atol=1e-12)
     towards, inputs = torch.randn_like(plain), (t, *attention.parameters())
     for a, b in zip(*(torch.autograd.grad(out, inputs, towards, retain_graph=True) for out in (plain, fused))):

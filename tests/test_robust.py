@@ -179,8 +179,7 @@ def test_a_cached_image_that_vanishes_is_named(tmp_path, tiny):
         for path in (out / "cache").glob("*.npy"):
             path.unlink()
         _mapped.cache_clear()                                     # those still mapped would go on working
-        run, machine = train.Run(args, torch.device("cpu")), train.Machine(args)
-        train.train_stage(run, run.model, source, machine, train.Log(run, machine), None)
+        next(train.batches(train.Run(args, torch.device("cpu")), source, train.Machine(args)))
 
 
 # The same run, however it is split -----------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_an_exported_checkpoint_restores_the_same_picture(finished, tmp_path, ca
 
 def test_export_refuses_a_published_file(tmp_path):
     torch.manual_seed(0)
-    names = {mioir._official_names("classifier", None, name)[0]: value
+    names = {mioir.published_names("classifier", None, name)[0]: value
              for name, value in mioir.TaskClassifier().state_dict().items()}
     torch.save(names, tmp_path / "published.pth")
     with pytest.raises(SystemExit, match="checkpoint of train.py"):

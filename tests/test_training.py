@@ -52,13 +52,9 @@ def trained(request, tmp_path_factory):
         lq, gt, task = (torch.from_numpy(array) for array in batches[k])
         return lq.double(), gt.double(), task
 
-    step, save = train.step, train.Run.save
-
-    def seen_step(run, net, parts, lr, *more):
-        losses, norm, stop = step(run, net, parts, lr, *more)
+    def seen_by_the_log(log, run, losses, tasks, norm, lr):
         seen["loss"].append(losses.mean().item()), seen["lr"].append(lr)
         seen.setdefault("norm", norm.item())
-        return losses, norm, stop
 
     def seen_save(run, keep=None):
         if keep:                                                          # a stage has ended
@@ -68,11 +64,12 @@ def trained(request, tmp_path_factory):
 
     zero = dict.fromkeys(mioir.TASKS, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        for name, stand_in in dict(Stream=Numbers, prepare_batch=prepared, step=seen_step, finish=lambda *a: None,
+        for name, stand_in in dict(Stream=Numbers, prepare_batch=prepared, finish=lambda *a: None,
                                    builtin_images=lambda *a: [], validation_pairs=lambda *a: {}, show_table=lambda *a: None,
                                    mean_psnr=lambda *a: zero, input_psnr=lambda *a: zero).items():
             patch.setattr(train, name, stand_in)
         patch.setattr(train.Run, "save", seen_save)
+        patch.setattr(train.Log, "add", seen_by_the_log)
         args = train.parse(argv)
         machine = train.Machine(args)
         run = train.Run(args, machine.device)
@@ -82,7 +79,7 @@ def trained(request, tmp_path_factory):
         run.model.double(), run.ema.double()
         run.ema.load_state_dict(run.model.state_dict())
         torch.set_default_dtype(torch.float64)
-        log = train.Log(run, machine)
+        log = train.Log(run)
         try:
             train.run_stages(run, machine.wrap(run.model), [None], machine, log)
         finally:
