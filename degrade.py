@@ -1,14 +1,25 @@
-"""The seven degradations of MiOIR, batched and on any device; images to degrade; training batches.
+"""The seven degradations of MiOIR, batched and on any device, and the images they are applied to.
 
     python degrade.py --images photos --out testsets                          # In-Dis test sets
     python degrade.py --images photos --depth maps --out testsets --split both --seed 3
     python degrade.py --images photos --out harder --split out                # Out-Dis alone
     python eval.py runs/demo/last.pt --testsets testsets                    # reads what was written
 
-Every degradation takes and gives (N,3,H,W) in [0,1] and one parameter per image, and rounds its
-result to 8 bits as the published data are: y = jpeg(x, quality=torch.tensor([30, 45, 70])).
-Source: paper, Section 4.1 and the published data_script/add_MiO_train_degradation.py
-(OpenCV, DiffJPEG).
+From a program: y = jpeg(x, quality=torch.tensor([30, 45, 70])) with its own quality for each image,
+or y = degrade(x, "rain") with random parameters from the paper's ranges.
+
+Glossary
+    x            clean images, (N,3,H,W) in [0,1]: N images, RGB, H x W pixels
+    y            degraded images, same shape; rounded to 8 bits (`quantize`)
+    parameters   a number for all images, or an (N,) tensor with one value per image
+    grey level   1/255
+    In-Dis       drawn from the ranges of training ("in");  Out-Dis: stronger than trained ("out")
+    d, t, A      haze: depth relative to the farthest point, transmission, airlight
+
+Sources: paper (arXiv 2401.03379), Section 4.1, for what is drawn; the published code's
+data_script/add_MiO_train_degradation.py for how it is applied, which uses OpenCV (blur, rain) and
+DiffJPEG. Where published code does something odd, so does this file, and the comment says so: the
+paper's models were trained and tested on such images.
 """
 import argparse
 import contextlib
@@ -31,16 +42,19 @@ from torch.nn import functional as F
 
 from mioir import TASKS, reflect_pad
 
-# What is drawn per image: (lowest, highest), both included. "in" trains and tests (In-Dis), "out"
-# tests only (Out-Dis). Numbers with a point are rounded to 2 decimals, the others are integers.
+# ---- What is drawn (paper, Section 4.1) ----------------------------------------------------------
+
+# (lowest, highest) of every parameter, both included. "in" is for training and the In-Dis tests;
+# "out" is for the Out-Dis tests alone: there sigma, density, beta or gamma begin about where those
+# of training end, and JPEG's quality ends where it begins.
 RANGES = {
-    "in": {"blur": {"sigma": (1.0, 3.0), "kernel_size": (7, 21)},    # kernel_size: odd numbers only
-           "noise": {"sigma": (15, 50)},                               # of 255 grey levels
+    "in": {"blur": {"sigma": (1.0, 3.0), "kernel_size": (7, 21)},      # both in pixels
+           "noise": {"sigma": (15, 50)},                               # in grey levels
            "jpeg": {"quality": (30, 70)},
            "rain": {"density": (50, 99), "width": (3, 11), "length": (20, 40), "angle": (-45, 44)},
            "haze": {"airlight": (0.8, 1.0), "beta": (0.5, 2.5)},
            "dark": {"gamma": (1.0, 3.0)},
-           "sr": {}},                                                  # always x4
+           "sr": {}},                                                  # always x4: nothing to draw
     "out": {"blur": {"sigma": (3.0, 5.0), "kernel_size": (7, 21)},
             "noise": {"sigma": (50, 70)},
             "jpeg": {"quality": (10, 30)},
@@ -49,55 +63,106 @@ RANGES = {
             "haze": {"airlight": (0.8, 1.0), "beta": (2.5, 3.0)},
             "dark": {"gamma": (3.0, 4.0)}},                            # sr: not published
 }
+# A parameter named in STEPS takes whole numbers, all equally likely: lowest, lowest + step, ...
+STEPS = {"kernel_size": 2, "width": 2, "density": 1, "length": 1, "angle": 1}       # 2: odd numbers
+# Every other parameter of a task is uniform in its range, then rounded to so many decimals (so
+# the lowest and highest number themselves come up half as often as those between).
+DECIMALS = {"blur": 2, "noise": 0, "jpeg": 0, "haze": 2, "dark": 2}
 
 
-# ---- The degradations. Parameters: a number, or an (N,) tensor with one value per image ----------
+# ---- The degradations ----------------------------------------------------------------------------
 
 def quantize(x):
-    """Rounds (N,3,H,W) to the 256 grey levels, clipped to [0,1]."""
+    """Rounds to the 256 grey levels and clips to [0,1]; any shape.
+
+    Every degradation ends with it, because the published images went through 8-bit files: a network
+    trained on finer numbers would meet steps in the test images that it has never seen.
+    """
     return (x * 255).round().clamp(0, 255) / 255
 
 
 def per_image(value, x, dtype=torch.float32):
-    """A number or (N,) tensor -> (N,1,1,1) on x's device."""
+    """A number or (N,) tensor -> (N,1,1,1) on x's device, ready to multiply x (N,3,H,W)."""
     value = torch.as_tensor(value, dtype=dtype, device=x.device)
     return value.expand(x.shape[0])[:, None, None, None]
 
 
+def gaussian_taps(radius, sigma, room=None):
+    """exp(-k^2 / (2 sigma^2)) at k = -room .. room, zero beyond the radius, divided by its sum.
+
+    radius: a number or (N,1) tensor. sigma: tensor, () or (N,1); its dtype and device are the
+    result's. room: the largest radius, needed where radius is a tensor. Returns (2 room + 1,) or
+    (N, 2 room + 1).
+    """
+    room = radius if room is None else room
+    k = torch.arange(-room, room + 1, dtype=sigma.dtype, device=sigma.device)
+    taps = torch.exp(-0.5 * (k / sigma) ** 2) * (k.abs() <= radius)
+    return taps / taps.sum(-1, keepdim=True)       # sum 1: the image keeps its brightness
+
+
 def gaussian_blur(x, kernel_size, sigma):
-    """Isotropic Gaussian; kernel_size: odd, at most 21; sigma in pixels; reflected borders."""
-    kernel_size, sigma = per_image(kernel_size, x)[:, 0, 0], per_image(sigma, x)[:, 0, 0]   # (N,1)
-    at = torch.arange(-10, 11, device=x.device)                                   # room for 21 taps
-    taps = torch.exp(-0.5 * (at / sigma) ** 2) * (at.abs() <= kernel_size // 2)   # (N,21)
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)          # one row per channel
+    """Isotropic Gaussian blur: every pixel becomes the weighted mean of its neighbours.
+
+    kernel_size: odd, at most 21; sigma in pixels. Borders are reflected without repeating the edge.
+    """
     n, _, h, w = x.shape
+    radius = per_image(kernel_size, x)[:, 0, 0] // 2                              # (N,1)
+    taps = gaussian_taps(radius, per_image(sigma, x)[:, 0, 0], room=10)           # (N,21)
+    # Each image has its own kernel, which conv2d does not know of; but each *group of channels* may
+    # have one. So the images of the batch are laid side by side as 3N channels of a single image.
+    taps = taps.repeat_interleave(3, 0)                                           # (3N,21)
     x = reflect_pad(x, 10, 10, 10, 10).flatten(0, 1)[None]                        # (1,3N,H+20,W+20)
-    x = F.conv2d(x, taps[:, None, :, None], groups=3 * n)                  # the kernel is a product
-    x = F.conv2d(x, taps[:, None, None, :], groups=3 * n)                         # of two 1-d ones
+    # exp(-(i^2 + j^2) / (2 sigma^2)) is a product: down the columns, then along the rows, which is
+    # 21 + 21 multiplications per pixel instead of 21 x 21.
+    x = F.conv2d(x, taps[:, None, :, None], groups=3 * n)                         # (1,3N,H,W+20)
+    x = F.conv2d(x, taps[:, None, None, :], groups=3 * n)                         # (1,3N,H,W)
     return quantize(x.view(n, 3, h, w))
 
 
 def add_noise(x, sigma, noise=None):
-    """White Gaussian noise, independent per channel; sigma in grey levels (15 = 15/255).
-    noise: (N,3,H,W) standard normal numbers, drawn from torch's own generator if not given."""
+    """White Gaussian noise: y = x + sigma n, n ~ N(0,1), independent in every pixel and channel.
+
+    sigma in grey levels. noise: n, (N,3,H,W); drawn from torch's own generator if not given.
+    """
     noise = torch.randn_like(x) if noise is None else noise
     return quantize(x + noise * per_image(sigma, x) / 255)
 
 
-# Luma and chroma tables of the JPEG standard (ITU T.81, Annex K), row = vertical frequency.
-_LUMA = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55),
-         (14, 13, 16, 24, 40, 57, 69, 56), (14, 17, 22, 29, 51, 87, 80, 62),
-         (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
-         (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99))
-_CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))   # 99 elsewhere
+# JPEG's standard tables of quantisation steps, in grey levels at quality 50 (ITU T.81, Annex K).
+# Written as in the standard: top left is the mean of the block, to the right the horizontal
+# frequency grows, downwards the vertical one. Fine detail, whose loss the eye hardly notices, gets
+# the large steps.
+_LUMA = ((16, 11, 10, 16, 24, 40, 51, 61),
+         (12, 12, 14, 19, 26, 58, 60, 55),
+         (14, 13, 16, 24, 40, 57, 69, 56),
+         (14, 17, 22, 29, 51, 87, 80, 62),
+         (18, 22, 37, 56, 68, 109, 103, 77),
+         (24, 35, 55, 64, 81, 104, 113, 92),
+         (49, 64, 78, 87, 103, 121, 120, 101),
+         (72, 92, 95, 98, 112, 100, 103, 99))
+# The upper left quarter for chroma; the other three hold 99. (It is its own transpose.)
+_CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))
 
 
-def _jpeg_block(channel, table, factor):
-    """Quantises the 8x8 cosine transform of (N,H,W) in grey levels, H and W multiples of 8."""
-    k = torch.arange(8, device=channel.device)
-    cosine = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) / 2             # (frequency, pixel)
-    cosine[0] /= math.sqrt(2)
+def _jpeg_blocks(channel, table, factor):
+    """What is left of a channel when its 8x8 blocks' cosine transforms have been rounded.
+
+    channel: (N,H,W) in grey levels, H and W multiples of 8. table: (8,8), the step of each
+    coefficient (row = vertical frequency of the block). factor: (N,1,1,1), what the table is
+    multiplied by.
+
+        C[k,p] = cos((2p + 1) k pi / 16) / 2, its row k = 0 divided by sqrt(2): then C C^T = 1
+        D  = C B C^T                              a block's 64 coefficients
+        B' = C^T (round(D / step) step) C         the block that a decoder shows
+
+    Without the rounding B' would be B again: it alone loses something.
+    """
     n, h, w = channel.shape
+    pixel = torch.arange(8, device=channel.device)
+    frequency = pixel[:, None]
+    cosine = torch.cos((2 * pixel + 1) * frequency * math.pi / 16) / 2            # C: (8,8)
+    cosine[0] /= math.sqrt(2)
+    # Cut the plane into a grid of blocks. -128: the standard centres grey levels around 0.
     blocks = channel.view(n, h // 8, 8, w // 8, 8).transpose(2, 3) - 128          # (N,H/8,W/8,8,8)
     step = table * factor[..., None]                                              # (N,1,1,8,8)
     coefficients = (cosine @ blocks @ cosine.T / step).round() * step
@@ -106,191 +171,262 @@ def _jpeg_block(channel, table, factor):
 
 
 def jpeg(x, quality):
-    """JPEG's losses without its entropy coding: 4:2:0 chroma, 8x8 cosine transform, quantisation.
+    """JPEG's losses: colour at half resolution and rounded 8x8 cosine transforms.
 
-    quality: 1..99. As published: tables transposed (row = horizontal frequency), factor 50/q below
-    50 and 2 - q/50 above, neither clipped nor rounded; sizes padded with black to multiples of 16.
+    quality: 1..99. The entropy coding is left out: it loses nothing, so it would change nothing.
+    Mirrors DiffJPEG as the published script calls it: equal to within one grey level.
     """
     n, _, h, w = x.shape
+    # The well-known rule: 1 at quality 50, 5 at quality 10, 0.6 at 70. A real encoder then rounds
+    # each step and keeps it within 1..255; as published, neither happens here: at quality 10 the
+    # largest step is 5 x 121.
     quality = per_image(quality, x)
-    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)
-    luma = torch.tensor(_LUMA, dtype=x.dtype, device=x.device).T
-    chroma = torch.full((8, 8), 99.0, dtype=x.dtype, device=x.device)
-    chroma[:4, :4] = torch.tensor(_CHROMA, dtype=x.dtype, device=x.device).T
+    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)            # (N,1,1,1)
+    # As published, the tables are applied TRANSPOSED, so that a row of them is a horizontal
+    # frequency. The right way round, images would differ by about 3 grey levels (4 at quality 10,
+    # 2 at 70, on average over a photo).
+    luma = x.new_tensor(_LUMA).T                                                  # (8,8)
+    chroma = F.pad(x.new_tensor(_CHROMA).T, (0, 4, 0, 4), value=99)               # (8,8)
+    # Chroma blocks cover 16 x 16 pixels: black is added at the right and bottom, and cut off later.
     r, g, b = (F.pad(x, (0, -w % 16, 0, -h % 16)) * 255).unbind(1)                # each (N,H,W)
-    y = 0.299 * r + 0.587 * g + 0.114 * b
-    cb = -0.168736 * r - 0.331264 * g + 0.5 * b + 128
-    cr = 0.5 * r - 0.418688 * g - 0.081312 * b + 128
-    y = _jpeg_block(y, luma, factor)
-    cb, cr = (_jpeg_block(F.avg_pool2d(c, 2), chroma, factor) - 128 for c in (cb, cr))
-    cb, cr = (c.repeat_interleave(2, 1).repeat_interleave(2, 2) for c in (cb, cr))
+    y = 0.299 * r + 0.587 * g + 0.114 * b                                         # luma
+    cb = -0.168736 * r - 0.331264 * g + 0.5 * b + 128                             # chroma: blue
+    cr = 0.5 * r - 0.418688 * g - 0.081312 * b + 128                              # chroma: red
+    y = _jpeg_blocks(y, luma, factor)
+    halved = []
+    for channel in (cb, cr):         # 4:2:0: one colour for 2x2 pixels, their mean; then repeated
+        channel = F.avg_pool2d(channel, 2)                                        # (N,H/2,W/2)
+        channel = _jpeg_blocks(channel, chroma, factor) - 128
+        halved.append(channel.repeat_interleave(2, 1).repeat_interleave(2, 2))    # (N,H,W)
+    cb, cr = halved
     rgb = torch.stack((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), 1)
     return quantize(rgb[:, :, :h, :w] / 255)
 
 
-# OpenCV's fixed Gaussian kernels, by width; 11 follows from its rule for sigma.
-_SIGMA_11 = 0.3 * ((11 - 1) / 2 - 1) + 0.8
-_WIDTH_TAPS = {3: (1, 2), 5: (1, 4, 6), 7: (1, 3.5, 7, 9), 9: (1, 3.25, 7.5, 12.75, 15),
-               11: tuple(math.exp(-0.5 * (k / _SIGMA_11) ** 2) for k in range(-5, 1))}
+# Rain, as published: a few random pixels light up, each becomes a streak, the sum is normalised.
+#
+#   1. drops    a uniform random field in [0,256); values of 256 - density/100 or more stay, all
+#               others become 0: a pixel is a drop with probability density / 25600, that is 0.2 to
+#               0.4 % of the pixels (In-Dis), 0.4 to 0.6 % (Out-Dis)
+#   2. halo     3x3 filter: 8 in the centre, 0.1 above, below, left and right
+#   3. streaks  correlation with a slanted, blurred line (`streak_kernels`)
+#   4. layer    brought to 0 .. 255 by its smallest and largest value, cut to whole grey levels
+#   5. sum      y = x + layer, clipped
+
+def _turned_diagonal(at, length, angle):
+    """Step 3a: the diagonal of a length x length matrix, turned by angle - 45 degrees and shrunk.
+
+    at: (N,40), which rows and columns of the result to compute; length: (N,1); angle: (N,).
+    Returns (N,40,40). Mirrors OpenCV's getRotationMatrix2D with warpAffine, bilinear, zero outside.
+    """
+    turn = (angle.double() - 45) * math.pi / 180      # the diagonal itself leans by 45 degrees
+    length = length[:, :, None]                                                   # (N,1,1)
+    centre = length / 2
+    scale = 1 - length / 100
+    cosine = torch.cos(turn)[:, None, None] / scale
+    sine = torch.sin(turn)[:, None, None] / scale
+    y, x = at[:, :, None], at[:, None, :]                                         # rows, columns
+    # Backwards, from a pixel of the result to the point of the matrix that it shows:
+    #   source = centre + R^-1 (pixel - centre) / scale
+    # OpenCV's integers keep 10 binary digits of each of two parts, and of their sum then 5: source
+    # coordinates come in steps of 1/32 pixel. (With exact ones a layer of rain would differ by 0.13
+    # grey levels on average and up to 6.)
+    part = (1024 * (cosine * x)).round()
+    rest = (1024 * (-sine * y + (1 - cosine) * centre + sine * centre)).round()
+    source_x = ((part + rest + 16) / 32).floor() / 32                             # (N,40,40)
+    part = (1024 * (sine * x)).round()
+    rest = (1024 * (cosine * y + (1 - cosine) * centre - sine * centre)).round()
+    source_y = ((part + rest + 16) / 32).floor() / 32
+    # Bilinear: the four pixels around the source point, the nearer the heavier. Pixels of an
+    # identity matrix are 1 where row = column, so that no matrix needs to be stored or gathered.
+    streak = torch.zeros_like(source_x)
+    for row in (source_y.floor(), source_y.floor() + 1):
+        for column in (source_x.floor(), source_x.floor() + 1):
+            lit = (row == column) & (row >= 0) & (row < length)
+            streak += lit * (1 - (source_y - row).abs()) * (1 - (source_x - column).abs())
+    return streak
 
 
-def _width_taps(device):
-    """(5,11): the Gaussian kernels of widths 3, 5, 7, 9, 11, centred, each with sum one."""
-    rows = [(0,) * (6 - len(left)) + left + left[-2::-1] + (0,) * (6 - len(left))
-            for left in _WIDTH_TAPS.values()]
-    rows = torch.tensor(rows, dtype=torch.float64, device=device)
-    return rows / rows.sum(1, keepdim=True)
+def _blur_matrix(at, length, width):
+    """Step 3b: a Gaussian of `width` taps over rows 0 .. length - 1, written as a matrix.
+
+    at: (N,40); length: (N,1); width: (N,), 3, 5, 7, 9 or 11. Returns (N,40,40): (B v)[p] is the
+    weighted mean of v around p, borders reflected. Mirrors OpenCV's GaussianBlur without a sigma.
+    """
+    # Up to width 9 OpenCV has fixed kernels, which are Gaussian only roughly.
+    fixed = torch.tensor(((0, 0, 0, 0, 1, 2, 1, 0, 0, 0, 0),                      # width 3
+                          (0, 0, 0, 1, 4, 6, 4, 1, 0, 0, 0),                      # width 5
+                          (0, 0, 1, 3.5, 7, 9, 7, 3.5, 1, 0, 0),                  # width 7
+                          (0, 1, 3.25, 7.5, 12.75, 15, 12.75, 7.5, 3.25, 1, 0)),  # width 9
+                         dtype=at.dtype, device=at.device)
+    fixed = fixed / fixed.sum(1, keepdim=True)
+    # Wider ones follow its rule sigma = 0.3 ((width - 1) / 2 - 1) + 0.8, which is 2 for 11.
+    widest = gaussian_taps(5, torch.tensor(2.0, dtype=at.dtype, device=at.device))
+    taps = torch.cat((fixed, widest[None]))[(width.long() - 3) // 2]              # (N,11)
+    last = length - 1
+    blur = 0
+    for k in range(11):
+        neighbour = (at + k - 5).abs()                           # -1 is reflected to 1, ...
+        neighbour = last - (last - neighbour).abs()              # ... and length to length - 2
+        lands = neighbour[:, :, None] == at[:, None, :]          # (N,40,40): p's k-th tap is on q
+        blur = blur + lands * taps[:, k, None, None]
+    return blur
 
 
 def streak_kernels(width, length, angle):
-    """The rain streaks: a diagonal line turned by angle - 45 degrees, shrunk, thickened.
+    """What a single drop becomes: a slanted line with soft sides.
 
-    width: 3, 5, 7, 9 or 11; length: 20..40; angle: degrees, 0 is vertical; all (N,).
-    Returns (N,40,40) in float64, the kernel's anchor (length // 2) at [20,20].
-    Mirrors `rain_blur` of the published script: OpenCV's getRotationMatrix2D, warpAffine (source
-    coordinates in steps of 1/32, bilinear, zero outside), GaussianBlur (reflect-101 borders).
+    width: 3, 5, 7, 9 or 11; length: 20..40; angle: -45..44 degrees, 0 is vertical; all (N,).
+    Returns (N,40,40) in float64: each kernel has side `length` and zeros around it, and its anchor,
+    pixel (length // 2, length // 2), is always at [20,20]. Mirrors `rain_blur` as published.
     """
-    length, angle = length.double(), (angle.double() - 45) * math.pi / 180
-    scale = 1 - length / 100
-    # The inverse map: from a pixel of the kernel to the point of the diagonal it shows.
-    a, b = (torch.cos(angle) / scale)[:, None, None], (torch.sin(angle) / scale)[:, None, None]
-    centre = (length / 2)[:, None, None]
-    at = torch.arange(-20, 20, device=length.device).double() + length[:, None] // 2        # (N,40)
-    y, x = at[:, :, None], at[:, None, :]                  # pixel coordinates inside each kernel
-    def fixed(value):                                      # OpenCV's fixed point, 10 bits
-        return (value * 1024).round()
-    u = ((fixed(a * x) + fixed(-b * y + (1 - a) * centre + b * centre) + 16) / 32).floor() / 32
-    v = ((fixed(b * x) + fixed(a * y + (1 - a) * centre - b * centre) + 16) / 32).floor() / 32
-    streak = torch.zeros_like(u)
-    for i in (0, 1):                                       # bilinear: the four pixels around (u,v)
-        for j in (0, 1):
-            row, col = v.floor() + i, u.floor() + j
-            on_diagonal = (row == col) & (row >= 0) & (row < length[:, None, None])
-            weight = (1 - (v - row).abs()) * (1 - (u - col).abs())
-            streak += weight * on_diagonal
-    inside = (at >= 0) & (at < length[:, None])
-    streak = streak * inside[:, :, None] * inside[:, None, :]
-    # Blur as a matrix: row p of `blur` holds the taps that fall on each pixel, borders reflected.
-    taps = _width_taps(length.device)[(width.long() - 3) // 2]                    # (N,11)
-    last = length[:, None, None] - 1
-    reach = at[:, :, None] + torch.arange(-5, 6, device=length.device)            # (N,40,11)
-    reach = last - (last - reach.abs()).abs()
-    blur = ((reach[..., None] == at[:, None, None, :]) * taps[:, None, :, None]).sum(2)  # (N,40,40)
-    blur = blur * inside[:, :, None]
-    return blur @ streak @ blur.mT
-
-
-def rain_streaks(field, density, width, length, angle, peak=1.0):
-    """A layer of rain: (N,1,H,W) in [0,1] in steps of 1/255, `peak` at each field's brightest spot.
-
-    field: (N,1,H,W) uniform random numbers in [0,256); a drop falls where it is among the largest
-    density/100 of 256. density: 50..149; width: 3..11 odd, length: 20..40, both in pixels; angle:
-    -45..44 degrees. Normalised over the whole field: give the whole image's, not a small crop's,
-    or a peak below 1 (see RAIN_PEAK).
-    """
-    density, width, length, angle = (per_image(p, field, torch.float64).flatten()
-                                     for p in (density, width, length, angle))
-    # Each drop gets a small halo (3x3), then becomes a streak; both filters have mirrored borders,
-    # and the halo is symmetric, so that one correlation with the 42 x 42 kernel of both does it.
-    halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
-    streaks = streak_kernels(width, length, angle)[:, None]                       # (N,1,40,40)
-    kernel = F.conv2d(streaks, halo[None, None], padding=2)                       # (N,1,42,42)
-    least = 256 - density[:, None, None, None] / 100
-    if field.device.type != "cpu":
-        return _rain_layer(field, least, kernel, peak)
-    each = zip(field.split(1), least, kernel.split(1))    # one at a time fits the processor's cache
-    return torch.cat([_rain_layer(*one, peak) for one in each])
-
-
-def _rain_layer(field, least, kernel, peak):
-    """The drops of (N,1,H,W) that are `least` or more, each drawn as its kernel, normalised."""
-    h, w = field.shape[2:]
-    drops = torch.where(field >= least, field, 0).double()
-    drops = reflect_pad(drops, 21, 20, 21, 20)                                    # (N,1,H+41,W+41)
-    rows, columns = map(_fast_size, drops.shape[2:])
-    spectrum = torch.fft.rfft2(drops, s=(rows, columns))      # correlation: the kernel's conjugate
-    spectrum *= torch.fft.fft(torch.fft.rfft(kernel, columns), rows, dim=2).conj()
-    layer = torch.fft.irfft2(spectrum, s=(rows, columns))[:, :, :h, :w]
-    low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
-    scale = 255 * peak / (high - low).clamp_min(1e-12)
-    return ((layer - low) * scale + 1e-9).floor_().float() / 255                  # from 0 to peak
+    length = length.double()[:, None]                                             # (N,1)
+    at = torch.arange(-20, 20, device=length.device) + length // 2                # (N,40)
+    inside = (at >= 0) & (at < length)
+    streak = _turned_diagonal(at, length, angle)
+    streak = streak * inside[:, :, None] * inside[:, None, :]     # the turned line's ends are lost
+    blur = _blur_matrix(at, length, width) * inside[:, :, None]
+    return blur @ streak @ blur.mT                                # B S B^T: columns, then rows
 
 
 def _fast_size(n):
-    """The next size whose only prime factors are 2, 3 and 5, which Fourier transforms like."""
-    return next(m for m in range(n, 2 * n) if 60 ** 12 % m == 0)
+    """The next size from n on without prime factors above 5: Fourier transforms like those."""
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 1
+
+
+def _rain_layer(field, least, kernel, peak):
+    """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42)."""
+    h, w = field.shape[2:]
+    drops = torch.where(field >= least, field, 0).double()
+    # Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], by way of frequencies:
+    # the transform of the result is the transform of the drops times the conjugate of the kernel's
+    # (a convolution would take the kernel's as it is). Pixel by pixel it would be 42 x 42 products.
+    drops = reflect_pad(drops, 21, 20, 21, 20)              # as far as the kernel reaches
+    rows = _fast_size(h + 41)
+    columns = _fast_size(w + 41)
+    spectrum = torch.fft.rfft2(drops, s=(rows, columns))
+    kernel = torch.fft.rfft(kernel, columns)                # along rows first: only 42 are not zero
+    kernel = torch.fft.fft(kernel, rows, dim=2)
+    spectrum *= kernel.conj()
+    layer = torch.fft.irfft2(spectrum, s=(rows, columns))[:, :, :h, :w]
+    low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
+    scale = 255 * peak / (high - low).clamp_min(1e-12)      # a field without drops stays black
+    # 1e-9: rounding errors of the transforms must not turn a whole number into the one below.
+    return ((layer - low) * scale + 1e-9).floor_().float() / 255
+
+
+def rain_streaks(field, density, width, length, angle, peak=1.0):
+    """A layer of rain: (N,1,H,W) in [0,1] in whole grey levels, `peak` at its brightest spot.
+
+    field: (N,1,H,W) uniform random numbers in [0,256). density: 50..149; width: 3..11 odd, length:
+    20..40, both in pixels; angle: -45..44 degrees.
+    As published, brightness is relative to the brightest spot of the WHOLE image. A small field has
+    a fainter brightest spot, and would be normalised to too bright a rain: give the whole image's
+    field, or a peak below 1 (see train.RAIN_PEAK).
+    """
+    least = 256 - per_image(density, field, torch.float64) / 100                  # (N,1,1,1)
+    width = per_image(width, field, torch.float64).flatten()                      # (N,)
+    length = per_image(length, field, torch.float64).flatten()
+    angle = per_image(angle, field, torch.float64).flatten()
+    # Halo and streak are two correlations with mirrored borders; the halo is symmetric, so that one
+    # correlation with both kernels' convolution, 42 x 42, does the same.
+    halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
+    kernel = streak_kernels(width, length, angle)[:, None]                        # (N,1,40,40)
+    kernel = F.conv2d(kernel, halo[None, None], padding=2)                        # (N,1,42,42)
+    # A GPU takes all fields together; one at a time stays within a CPU's cache.
+    some = 1 if field.device.type == "cpu" else len(field)
+    parts = zip(field.split(some), least.split(some), kernel.split(some))
+    return torch.cat([_rain_layer(*part, peak) for part in parts])
 
 
 def add_rain(x, streaks):
-    """x: (N,3,H,W), streaks: (N,1,H,W), both in [0,1]: their sum, clipped."""
+    """y = x + streaks, clipped: rain only brightens. streaks: (N,1,H,W), the same in R, G and B."""
     return quantize(x + streaks)
 
 
 def add_haze(x, depth, airlight, beta, depth_max=None):
-    """x t + airlight (1 - t) with t = exp(-beta d): the atmospheric scattering model.
+    """Haze by the atmospheric scattering model: I = J t + A (1 - t) with t = exp(-beta d).
 
-    depth: (N,1,h,w), any unit, larger is farther; enlarged to x's size where smaller (bilinear).
-    d = depth / depth_max; depth_max is the WHOLE image's maximum: give it when x is a crop.
-    airlight: brightness of the haze, in [0,1]; beta: its density.
+    J is the clear image x, t the share of its light that gets through the haze, and A the light
+    that the haze itself scatters to the eye. depth: (N,1,h,w), any unit, larger is farther;
+    enlarged bilinearly where smaller than x. airlight: A, in [0,1]; beta: density of the haze.
+    d = depth / depth_max in [0,1], where depth_max is the WHOLE image's maximum (as published):
+    give it when x is a crop, or the haze of a near corner would be as thick as the horizon's.
     """
     if depth.shape[2:] != x.shape[2:]:
         depth = F.interpolate(depth, x.shape[2:], mode="bilinear")
-    depth_max = depth.amax((2, 3), keepdim=True) if depth_max is None else per_image(depth_max, x)
-    transmission = torch.exp(-per_image(beta, x) * depth / depth_max)
+    if depth_max is None:
+        depth_max = depth.amax((1, 2, 3))                                         # (N,)
+    transmission = torch.exp(-per_image(beta, x) * depth / per_image(depth_max, x))   # (N,1,H,W)
     return quantize(x * transmission + per_image(airlight, x) * (1 - transmission))
 
 
 def darken(x, gamma):
-    """x ** gamma: low light."""
+    """Low light: y = x^gamma. gamma 1 changes nothing; at 3, middle grey 0.5 falls to 0.125."""
     return quantize(x ** per_image(gamma, x))
 
 
 def bicubic_x4(x, stored=False):
-    """A quarter of the size and back, both bicubic without antialiasing (torch's own).
-    stored: the small image is an 8-bit file in between, as in the published test sets."""
-    small = F.interpolate(x, [max(s // 4, 1) for s in x.shape[2:]], mode="bicubic")
+    """Low resolution, at full size: a quarter of the size and back, both by torch's bicubic.
+
+    Neither has antialiasing, as in the published training script: a small pixel is made of its own
+    4 x 4 pixels alone, chiefly of the middle four, so that fine patterns leave false, coarser ones
+    behind instead of an even grey.
+    stored: the small image is an 8-bit file in between, as in the published test sets.
+    """
+    h, w = x.shape[2:]
+    small = F.interpolate(x, (max(h // 4, 1), max(w // 4, 1)), mode="bicubic")    # (N,3,H/4,W/4)
     small = quantize(small) if stored else small
-    return quantize(F.interpolate(small, x.shape[2:], mode="bicubic"))
+    return quantize(F.interpolate(small, (h, w), mode="bicubic"))
 
 
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
-
-_STEPS = {"kernel_size": 2, "width": 2, "density": 1, "length": 1, "angle": 1}    # evenly, in steps
-
+# Apart from each other, because training draws on the CPU, in worker processes if there are some,
+# and applies to whole batches on the GPU.
 
 def seeded(*numbers):
-    """A torch.Generator whose state depends on all of the numbers and nothing else."""
+    """A torch.Generator whose state depends on all of the numbers (or words) and nothing else."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)    # 63 bits
 
 
 def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     """Every random number that degrading n images needs: {name: tensor (n,...)} on the CPU.
 
-    size: (H,W) of the images. rain_field: (H,W) of the rain field where it differs.
+    size: (H,W) of the images. rain_field: (H,W) of the rain's field, where it is larger than that.
+    The names are the parameters of the task's function above.
     """
     if task not in RANGES[split]:
-        raise ValueError(f"no {split!r} ranges for task {task!r}; "
-                         f"there are {', '.join(RANGES[split])}")
+        raise ValueError(f"no {split!r} ranges for {task!r}, only for {', '.join(RANGES[split])}")
     drawn = {}
     for name, (low, high) in RANGES[split][task].items():
-        u = torch.rand(n, generator=generator)
-        step = _STEPS.get(name)
-        if step:
-            drawn[name] = low + step * (u * ((high - low) // step + 1)).floor()
-        else:                          # as published: uniform, then rounded
-            decimals = 2 if isinstance(low, float) else 0
-            drawn[name] = torch.round(low + u * (high - low), decimals=decimals)
+        u = torch.rand(n, generator=generator)                                    # in [0,1)
+        if name in STEPS:
+            choices = (high - low) // STEPS[name] + 1
+            drawn[name] = low + STEPS[name] * (u * choices).floor()
+        else:
+            drawn[name] = torch.round(low + u * (high - low), decimals=DECIMALS[task])
     if task == "noise":
         drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
     if task == "rain":
-        drawn["field"] = torch.rand(n, 1, *(rain_field or size), generator=generator) * 256
+        size = size if rain_field is None else rain_field
+        drawn["field"] = torch.rand(n, 1, *size, generator=generator) * 256
     return drawn
 
 
 def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
-    """Degrades x (N,3,H,W) by what `draw` gave. depth (haze): (N,1,h,w); depth_max: (N,) or None.
-    A rain field larger than x is rain on a larger canvas with x in its corner."""
+    """Degrades x (N,3,H,W), on its device, by what `draw` gave.
+
+    depth, depth_max: haze's alone, as in add_haze. peak: rain's alone, as in rain_streaks; of a
+    rain field larger than x, the upper left corner is used, normalised with the rest.
+    """
     drawn = {name: value.to(x.device) for name, value in drawn.items()}
     if task == "rain":
         streaks = rain_streaks(**drawn, peak=peak)
@@ -301,10 +437,17 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
             "sr": bicubic_x4}[task](x, **drawn)
 
 
+# ---- Depth for a photo without a depth map -------------------------------------------------------
+# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
+# needs no download, but its haze is smoother than theirs.
+
 def depth_prior(height, width, generator=None):
-    """Depth for a photo that has none: (1,1,H,W) in (0,1], far at the top, near at the bottom,
-    plus variation of low frequency. Its maximum counts as 1 wherever the image is cropped."""
-    knots = torch.linspace(1, 0.2, 8)[:, None] + 0.15 * torch.randn(8, 8, generator=generator)
+    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
+
+    Returns (1,1,H,W) in (0,1]. Its maximum counts as 1 wherever the image is cropped.
+    """
+    down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
+    knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
     knots = (knots / knots.max()).clamp_min(0.05)
     return F.interpolate(knots[None, None], (height, width), mode="bilinear", align_corners=True)
 
@@ -323,7 +466,10 @@ def degrade(x, task, split="in", depth=None, generator=None):
     return apply(x, task, drawn, depth)
 
 
-# ---- Dead leaves: images with true depth from a seed alone ---------------------------------------
+# ---- Dead leaves: images with true depth, from a seed alone --------------------------------------
+# Not in the paper: it stands in for photos where there are none, so that training, tests and demos
+# need no download. A scene is painted from far to near, each shape over what lies behind it, as
+# leaves fall on leaves; so each pixel's depth is known, which haze needs and photos lack.
 
 # Natural colours (RGB): sky, water, foliage, grass, soil, rock, sand, wood, brick, skin, petals.
 _PALETTE = np.array([
@@ -334,81 +480,67 @@ _PALETTE = np.array([
 
 
 def spectrum_noise(height, width, slope, rng):
-    """Gaussian noise whose amplitude falls as 1/frequency^slope: (H,W), mean 0, deviation 1."""
+    """Gaussian noise whose amplitude falls as 1 / frequency^slope: (H,W), mean 0, deviation 1.
+
+    slope 0 is white noise, each pixel on its own; the larger it is, the softer are the clouds.
+    """
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf
+    frequency[0, 0] = np.inf                                  # no constant part: the mean is 0
     white = np.fft.rfft2(rng.standard_normal((height, width)))
     noise = np.fft.irfft2(white * frequency ** -slope, s=(height, width))
     return ((noise - noise.mean()) / noise.std()).astype(np.float32)
 
 
+def _backdrop(height, width, palette, noises, rng):
+    """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
+    down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]             # (H,1,1)
+    noise = rng.uniform(0, 0.03) * noises[2][..., None]
+    image = palette[0] * (1 - down) + palette[1] * down + noise                   # (H,W,3)
+    depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))             # 1 to 0.75
+    return image.astype(np.float32), depth.astype(np.float32)
+
+
 def _outline(kind, theta, rng):
-    """Radius of a leaf's outline in direction theta, of about 1."""
-    if kind == "polygon":
-        corner = 2 * np.pi / rng.integers(3, 7)
+    """Radius of a leaf's outline in direction theta (radians, any shape), of about 1."""
+    if kind == "polygon":                           # 3 to 6 sides; each side is a straight line,
+        corner = 2 * np.pi / rng.integers(3, 7)     # r cos(angle from the side's middle) = constant
         return np.cos(corner / 2) / np.cos((theta % corner) - corner / 2) * 1.2
-    if kind == "box":                                      # a superellipse: between disc and square
-        p = rng.uniform(3, 9)
+    if kind == "box":                               # superellipse |x|^p + |y|^p = 1: between a disc
+        p = rng.uniform(3, 9)                       # (p = 2) and a square (p large)
         return (np.abs(np.cos(theta)) ** p + np.abs(np.sin(theta)) ** p + 1e-9) ** (-1 / p)
-    if kind == "blob":
-        return 1 + sum(rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
-                       for k in range(2, 7))
-    return np.ones_like(theta)                             # "disc"; stretched, an ellipse or a stem
+    if kind == "blob":                              # a circle with waves, 2 to 6 periods around it
+        waves = 0
+        for k in range(2, 7):
+            waves = waves + rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
+        return 1 + waves
+    return np.ones_like(theta)                      # "disc"; stretched, an ellipse or a stem
 
 
 def _leaf_texture(u, v, top, left, radius, noises, rng):
-    """Brightness of a leaf's surface around 0: gratings, noise, or nearly nothing; then shading."""
-    kind, strength = rng.random(), rng.uniform(0.02, 0.16) * (rng.random() < 0.4)  # most are smooth
-    if kind < 0.25:
+    """Relative brightness of a leaf's surface, around 0: (h,w). u, v: (h,w), see _paint_leaf."""
+    kind = rng.random()
+    strength = rng.uniform(0.02, 0.16)
+    if rng.random() >= 0.4:                         # most surfaces are smooth
+        strength = 0.0
+    if kind < 0.25:                                 # a grating: stripes in one direction
         frequency, angle = rng.uniform(1.5, max(radius / 3, 2)), rng.uniform(0, np.pi)
         across = u * np.cos(angle) + v * np.sin(angle)
         texture = np.sin(frequency * np.pi * across + rng.uniform(0, 7))
-    else:
+    else:                                           # a piece of one of the noises, anywhere in it
         noise = noises[rng.integers(len(noises))]
-        dy, dx = rng.integers(0, noise.shape[0]), rng.integers(0, noise.shape[1])
-        rows = (np.arange(top, top + u.shape[0]) + dy) % noise.shape[0]
-        texture = noise[rows[:, None], (np.arange(left, left + u.shape[1]) + dx) % noise.shape[1]]
-    angle = rng.uniform(0, 2 * np.pi)
+        rows = np.arange(top, top + u.shape[0]) + rng.integers(0, noise.shape[0])
+        columns = np.arange(left, left + u.shape[1]) + rng.integers(0, noise.shape[1])
+        texture = noise[rows[:, None] % noise.shape[0], columns % noise.shape[1]]
+    angle = rng.uniform(0, 2 * np.pi)               # shading: light from one side, and a bulge
     slope, bulge = rng.uniform(0, 0.25), rng.uniform(0, 0.12)
     shading = slope * (u * np.cos(angle) + v * np.sin(angle)) - bulge * (u * u + v * v)
     return strength * texture + shading
 
 
-def dead_leaves(height, width, generator):
-    """A random scene: overlapping shapes, the nearer in front, each with colour, texture, shading.
-
-    Radii follow the power law r^-3, which makes the image scale-invariant as natural images are
-    (Lee, Mumford, Huang, "Occlusion models for natural images", 2001). generator: torch.Generator.
-    Returns image (1,3,H,W) in [0,1], rounded to 8 bits, and its true depth (1,1,H,W) in (0,1].
-    """
-    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
-    noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
-    palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
-    image, depth = _backdrop(height, width, palette, noises, rng)
-    smallest, largest = np.exp(rng.uniform(np.log(3), np.log(12))), max(height, width) / 2.5
-    # Enough leaves to cover the image about once: the mean area under r^-3 is 2 pi s^2 log(l/s).
-    count = int(0.7 * height * width / (2 * np.pi * smallest ** 2 * np.log(largest / smallest))) + 8
-    radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
-    for k, radius in enumerate(radii):                                            # from far to near
-        _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
-    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))[..., None]    # uneven light
-    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
-    image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.5))            # the lens
-    return image, torch.from_numpy(depth)[None, None]
-
-
-def _backdrop(height, width, palette, noises, rng):
-    """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
-    down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    noise = rng.uniform(0, 0.03) * noises[2][..., None]
-    image = palette[0] * (1 - down) + palette[1] * down + noise
-    depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))
-    return image.astype(np.float32), depth.astype(np.float32)
-
-
 def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
-    """Paints one leaf over what lies behind it; touches only the rows and columns it reaches."""
+    """Paints one leaf into image (H,W,3) and depth (H,W), over what is there, where it reaches."""
     height, width = depth.shape
+    # Its centre, which may lie a little outside the image.
     cy, cx = rng.uniform(-0.1, 1.1) * height, rng.uniform(-0.1, 1.1) * width
     stretch = np.exp(rng.normal(0, 0.45))
     reach = 1.6 * radius * max(stretch, 1 / stretch) + 4
@@ -416,50 +548,102 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     left, right = max(int(cx - reach), 0), min(int(cx + reach) + 1, width)
     if top >= bottom or left >= right:
         return
+    # (u,v): coordinates on the leaf, turned, in units of its two half axes.
     y, x = np.arange(top, bottom)[:, None] - cy, np.arange(left, right)[None] - cx
     angle = rng.uniform(0, np.pi)
     u = ((np.cos(angle) * x + np.sin(angle) * y) / (radius * stretch)).astype(np.float32)
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
     inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius  # pixels to the edge
-    edge = rng.uniform(0.5, 1.2)                                               # its blur, in pixels
-    cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]
+    edge = rng.uniform(0.5, 1.2)                                # width of its soft edge, in pixels
+    cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]       # 1 on the leaf, 0 beside it
     shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
     texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
-    patch = image[top:bottom, left:right]
+    patch = image[top:bottom, left:right]                       # a view: what follows paints image
     colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35))
     colour += rng.normal(0, 0.02, 3)
     colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)         # akin to its surroundings
-    patch *= 1 - shadow * (1 - cover)                                         # darker beside a leaf
+    patch *= 1 - shadow * (1 - cover)                                     # its shadow falls beside
     patch += cover * (np.clip(colour, 0.02, 1) * (1 + texture) - patch)
     depth[top:bottom, left:right][cover[..., 0] > 0.5] = leaf_depth
 
 
-# ---- Images: files, and a cache of decoded ones that is read a crop at a time --------------------
+def dead_leaves(height, width, generator):
+    """A random scene: overlapping shapes, the nearer in front, each with colour, texture, shading.
+
+    Radii have the density r^-3 between two bounds: enlarged or shrunk, the scene has as many leaves
+    of each size as before, and natural images, too, look alike at all scales (Lee, Mumford, Huang,
+    "Occlusion models for natural images", 2001). generator: torch.Generator. The larger side must
+    have 31 pixels or more. Returns image (1,3,H,W) in [0,1], rounded to 8 bits, and its true depth
+    (1,1,H,W) in (0,1].
+    """
+    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
+    noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
+    # Few colours in a scene: four of the palette, all tinted alike.
+    palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
+    image, depth = _backdrop(height, width, palette, noises, rng)
+    smallest = np.exp(rng.uniform(np.log(3), np.log(12)))       # s: the least radius
+    largest = max(height, width) / 2.5                          # l: the greatest
+    # The mean area of leaves under r^-3 is 2 pi s^2 log(l / s): enough of them for 0.7 images.
+    count = int(0.7 * height * width / (2 * np.pi * smallest ** 2 * np.log(largest / smallest))) + 8
+    # r^-2 is then uniform between l^-2 and s^-2.
+    radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
+    for k, radius in enumerate(radii):                          # from far (0.75) to near (0.05)
+        _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
+    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))[..., None]     # uneven light
+    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
+    image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.5))            # the lens
+    return image, torch.from_numpy(depth)[None, None]
+
+
+# ==================================================================================================
+# Nothing below this line is in the paper: image files, depth files, the cache of decoded images
+# that training reads a crop at a time, writing test sets, the command line.
+# ==================================================================================================
+
+# ---- Image files ---------------------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# What Pillow raises for files that are torn, forged or not images at all.
 _FAULTS = (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError)
+
+
+def _to_8_bits(image):
+    """A 16-bit or floating-point grey image -> 8 bits. Such files do not say what white is: taken
+    are 1, 255 or 65535, the smallest that holds their largest number (1 for "F", float, alone)."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    white = 255.0 if values.max() <= 255 else 65535.0
+    if values.max() <= 1 and image.mode == "F":
+        white = 1.0
+    grey = Image.fromarray(np.clip(values / white * 255 + 0.5, 0, 255).astype(np.uint8))
+    grey.info = image.info
+    return grey
+
+
+def _decode(image):
+    """An opened image -> (the same in memory, upright and in 8 bits, notes on what was changed)."""
+    notes = []
+    limit = Image.MAX_IMAGE_PIXELS                     # Pillow itself refuses at twice the limit
+    if limit and image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append("the first of its frames")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        notes.append("read as 8 bits")
+        image = _to_8_bits(image)
+    image.load()
+    return image, notes
 
 
 def open_image(path):
     """An image file, decoded, upright by its EXIF tag: (PIL image, notes on what was changed).
     Raises ValueError with one line that names the file and what is wrong with it."""
-    notes = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # what matters is said below, in one line
             with Image.open(path) as image:
-                limit = Image.MAX_IMAGE_PIXELS
-                if limit and image.width * image.height > limit:
-                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                if getattr(image, "n_frames", 1) > 1:
-                    notes.append("the first of its frames")
-                image = ImageOps.exif_transpose(image)
-                if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-                    notes.append("read as 8 bits")
-                    image = _to_8_bits(image)
-                image.load()
-                return image, notes
+                return _decode(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
                          "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
@@ -468,19 +652,11 @@ def open_image(path):
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
 
 
-def _to_8_bits(image):
-    """A 16-bit or floating-point grey image -> 8 bits, scaled by what its numbers seem to mean."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    peak = values.max()
-    full = 1.0 if image.mode == "F" and peak <= 1 else 255.0 if peak <= 255 else 65535.0
-    grey = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
-    grey.info = image.info
-    return grey
-
-
 def to_rgb(image):
     """PIL image -> (H,W,3) uint8; palette, grey and CMYK are converted, alpha is set aside."""
-    return np.asarray(image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB"))
+    if image.mode in ("P", "PA"):                      # a palette may hold alpha: unpack it first
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
 
 
 def read_image(path):
@@ -495,48 +671,57 @@ def to_tensor(image):
 
 def to_image(x):
     """(1,3,H,W) or (3,H,W) in [0,1], clamped and rounded -> (H,W,3) uint8."""
-    x = x[0] if x.ndim == 4 else x
+    x = x.reshape(x.shape[-3:])
     return (x * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A name to write to, which becomes `path` when all is written, and vanishes otherwise."""
+    """A name to write to, which becomes `path` when all is written, and vanishes otherwise: who is
+    killed or out of disk half-way leaves no torn file behind that would later be taken for whole.
+    """
     path = Path(path)
     name = hashlib.sha256(f"{path.name} {os.getpid()}".encode()).hexdigest()[:16]
-    unfinished = path.with_name(f".{name}.tmp")                  # short, however long path.name is
+    unfinished = path.with_name(f".{name}.tmp")        # short, however long path.name is
     try:
         yield unfinished
-        os.replace(unfinished, path)
+        os.replace(unfinished, path)                   # atomic on one disk
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_image(path, image):
+    """Writes a PNG whole or not at all, and leaves one that is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            Image.fromarray(image).save(unfinished, format="PNG")
 
 
 def list_images(folders):
     """All images below the folders, sorted. Raises ValueError for no images or a missing folder."""
     files = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
+    for folder in folders:
+        if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder; give a folder that holds images")
-        files += sorted(p for p in folder.rglob("*")
-                        if p.suffix.lower() in SUFFIXES and p.is_file())
+        paths = sorted(Path(folder).rglob("*"))
+        files += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not files:
-        raise ValueError(f"{', '.join(map(str, folders))}: no images; "
-                         f"looked for {' '.join(SUFFIXES)}")
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: no images; looked for {' '.join(SUFFIXES)}")
     return files
 
 
+# ---- Depth files ---------------------------------------------------------------------------------
+
 def read_depth(path):
-    """Depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, .mat (`data_obj`)."""
+    """Depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, .mat (`data_obj`).
+    Raises ValueError with one line that names the file and what is wrong with it."""
     try:
         if path.suffix == ".npy":
             depth = np.load(path, allow_pickle=False)
         elif path.suffix == ".mat":
-            try:
-                from scipy.io import loadmat
-            except ImportError:
-                raise ValueError("a .mat file needs scipy, which is not installed; "
-                                 "save the maps as .npy") from None
+            from scipy.io import loadmat               # nothing else here needs SciPy
             depth = loadmat(path)["data_obj"]
         else:
             with Image.open(path) as image:
@@ -545,6 +730,8 @@ def read_depth(path):
         if depth.ndim != 2 or not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
             raise ValueError("expected one channel of numbers, none negative, some positive")
         return depth
+    except ImportError:
+        raise ValueError(f"{path}: needs scipy, which is not installed; save it as .npy") from None
     except (OSError, ValueError, KeyError, SyntaxError) as error:
         raise ValueError(f"{path}: not a readable depth map ({error})") from None
 
@@ -556,39 +743,46 @@ def find_depths(files, folder):
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder; --depth takes a folder of depth maps")
     maps = {p.stem: p for p in Path(folder).rglob("*") if p.suffix in (".npy", ".png", ".mat")}
-    missing = [p for p in files if p.stem not in maps]
+    missing = [path.name for path in files if path.stem not in maps]
     if missing:
-        raise ValueError(f"{folder}: no depth map for {missing[0].name}"
-                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    return {p: maps[p.stem] for p in files}
+        raise ValueError(f"{folder}: no depth map for {missing[0]} ({len(missing)} lack one)")
+    return {path: maps[path.stem] for path in files}
 
+
+# ---- The cache: decoded images, of which a crop is read without the rest -------------------------
+# A training crop is a small part of a photo, but a PNG or JPEG file can only be decoded as a whole.
+# So each is decoded once, into an .npy file that is mapped into memory.
+#
+# An item is (name, maker, arguments): maker(*arguments) gives (image (H,W,3) uint8, depth (h,w)
+# float32 or None), and the name changes when the content would.
 
 def _make_leaves(edge, seed):
     image, depth = dead_leaves(edge, edge, torch.Generator().manual_seed(seed))
     return to_image(image), depth[0, 0].numpy()
 
 
+def leaf_items(count, edge, seed):
+    """Items: dead leaves, edge x edge pixels, with true depth. The 2 in the name goes up when
+    dead_leaves draws otherwise, so that a cache of older ones is not used."""
+    return [(f"leaves2-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
+            for k in range(count)]
+
+
 def _make_photo(path, depth_path):
     return read_image(path), None if depth_path is None else read_depth(depth_path)
 
 
-def _store(maker, arguments, target):
-    """Runs maker(*arguments) -> (image, depth or None) and stores both, whole or not at all."""
-    try:
-        image, depth = maker(*arguments)
-    except ValueError as error:
-        return str(error)
-    for array, suffix in ((depth, ".depth.npy"), (image, ".npy")):                # the image last
-        if array is not None:
-            with whole_file(f"{target}{suffix}") as unfinished, open(unfinished, "wb") as file:
-                np.save(file, array)
-    return None
-
-
-def processes(count):
-    """A pool of processes, one core each; spawned, so whatever runs here does not disturb them."""
-    return ProcessPoolExecutor(count, torch.multiprocessing.get_context("spawn"),
-                               torch.set_num_threads, (1,))
+def photo_items(folders, depth_folder=None):
+    """Items: the photos below the folders. A name is stem-size-fingerprint; the fingerprint is of
+    path, size and time, so that a changed file is read anew."""
+    items = []
+    for path, depth in find_depths(list_images(folders), depth_folder).items():
+        files = [path] if depth is None else [path, depth]
+        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        size = sum(f.stat().st_size for f in files)
+        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        items.append((f"{path.stem[:40]}-{size}-{fingerprint}", _make_photo, (path, depth)))
+    return items
 
 
 def _head_size(maker, arguments):
@@ -598,76 +792,99 @@ def _head_size(maker, arguments):
     try:
         with Image.open(arguments[0]) as image:
             lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5       # on its side
-            return image.size if lies else image.size[::-1]
+            if lies and image.format != "TIFF":        # a TIFF's size has been turned by Pillow
+                return image.size
+            return image.height, image.width
     except (*_FAULTS, Image.DecompressionBombError):
         return 0, 0                                    # it will be named when it is decoded
 
 
-def _stored_bytes(item):
-    """What an item will take on the disk: 3 bytes of colour a pixel, and 4 of depth for leaves."""
-    height, width = _head_size(*item[1:])
-    return height * width * (7 if item[1] is _make_leaves else 3)
+def processes(count):
+    """A pool of processes, one core each; spawned, so whatever runs here does not disturb them."""
+    return ProcessPoolExecutor(count, torch.multiprocessing.get_context("spawn"),
+                               torch.set_num_threads, (1,))
 
 
-# A mapped file takes no memory; opening one takes longer than reading a crop.
-_mapped = functools.lru_cache(maxsize=8192)(lambda path: np.load(path, mmap_mode="r"))
+def _finished(function, jobs, workers):
+    """Runs function(*arguments) for all jobs, [(key, arguments), ...], in so many processes, or in
+    this one for 0. Yields (key, result) as jobs end; result() gives what came out or raises it."""
+    if workers == 0:
+        for key, arguments in jobs:
+            yield key, functools.partial(function, *arguments)
+        return
+    with processes(workers) as pool:
+        keys = {pool.submit(function, *arguments): key for key, arguments in jobs}
+        for future in as_completed(keys):
+            yield keys[future], future.result
+
+
+def _store(maker, arguments, target):
+    """Makes an item's arrays and stores them as TARGET.depth.npy and TARGET.npy. The image comes
+    last: where it is, all is."""
+    image, depth = maker(*arguments)
+    for array, suffix in ((depth, ".depth.npy"), (image, ".npy")):
+        if array is not None:
+            with whole_file(f"{target}{suffix}") as unfinished, open(unfinished, "wb") as file:
+                np.save(file, array)
+
+
+@functools.lru_cache(maxsize=8192)
+def _mapped(path):
+    """An array left on the disk, of which what is used is read. Opening takes longer than reading
+    a crop, so files stay open; mapped, they take no memory."""
+    return np.load(path, mmap_mode="r")
 
 
 class ImageCache:
     """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
 
-    items: (name, maker, arguments); the name changes when the content would (see photo_items,
-    leaf_items), so that a file that exists is right, and building goes on where it was interrupted.
+    A file that exists is right (see whole_file and the items' names), so that building goes on
+    where it was interrupted. Images that cannot be read or are smaller than `minimum` are skipped.
     """
     share = 1                          # samples in a row that are cut from the same image
 
     def __init__(self, folder, items, minimum, say=print):
         self.folder = Path(folder)
-        bad = self._build(items, say)
-        self.sizes = {item[0]: self._size(item) for item in items if item[0] not in bad}
-        for name, maker, arguments in items:
-            if name in self.sizes and min(self.sizes[name]) < minimum:
-                h, w = self.sizes.pop(name)
-                bad[name] = f"{arguments[0]}: {w} x {h} pixels, smaller than the crop of {minimum}"
+        self.items = {name: (maker, arguments) for name, maker, arguments in items}
+        bad = self._build(say)                         # {name: what is wrong with it}
+        self.sizes = {name: self._size(name) for name in self.items if name not in bad}
+        for name, (h, w) in self.sizes.items():
+            if min(h, w) < minimum:
+                file = self.items[name][1][0]
+                bad[name] = f"{file}: {w} x {h} pixels, smaller than the crop of {minimum}"
         for reason in bad.values():
             say(f"skipped {reason}")
-        self.names = list(self.sizes)
+        self.names = [name for name in self.items if name not in bad]
         if not self.names:
             raise ValueError(f"no usable image among {len(items)}: {next(iter(bad.values()))}")
 
-    def _path(self, name, suffix=".npy"):
-        return self.folder / f"{name}{suffix}"
-
-    def _size(self, item):
-        return np.load(self._path(item[0]), mmap_mode="r").shape[:2]
-
-    def _build(self, items, say):
+    def _build(self, say):
         """Makes what is missing, in parallel if there is much of it. Returns {name: why not}."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        todo = [item for item in items if not self._path(item[0]).exists()]
-        jobs = [(maker, arguments, str(self.folder / name)) for name, maker, arguments in todo]
-        names = [name for name, _, _ in todo]
-        needed, free = sum(map(_stored_bytes, todo)), shutil.disk_usage(self.folder).free
+        bad, jobs, needed = {}, [], 0
+        for name, (maker, arguments) in self.items.items():
+            if not (self.folder / f"{name}.npy").exists():
+                jobs.append((name, (maker, arguments, str(self.folder / name))))
+                # 3 bytes of colour a pixel; a leaf's depth, unlike a photo's, is as large: 4 more.
+                pixels = math.prod(_head_size(maker, arguments))
+                needed += pixels * (7 if maker is _make_leaves else 3)
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
-            raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB and "
-                             f"{free / 1e9:.1f} GB are free; "
-                             "name a folder on a larger disk with --cache")
-        workers = min(os.cpu_count() or 1, len(todo) // 32)
-        bad, step = {}, max(len(todo) // 10, 25)
-        def done(count, name, reason):
-            if reason:
-                bad[name] = reason
-            if count % step == 0:
-                say(f"preparing images: {count} of {len(todo)}")
-        if workers < 2:
-            for count, (name, job) in enumerate(zip(names, jobs), 1):
-                done(count, name, _store(*job))
-            return bad
-        with processes(workers) as pool:
-            futures = {pool.submit(_store, *job): name for name, job in zip(names, jobs)}
-            for count, future in enumerate(as_completed(futures), 1):
-                done(count, futures[future], future.result())
+            raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB, of which "
+                             f"{free / 1e9:.1f} are free; name a larger disk's folder with --cache")
+        # Starting a process takes seconds: not for few images.
+        workers = min(os.cpu_count() or 1, len(jobs) // 32) if len(jobs) >= 64 else 0
+        for count, (name, result) in enumerate(_finished(_store, jobs, workers), 1):
+            try:
+                result()
+            except ValueError as error:
+                bad[name] = str(error)
+            if count % max(len(jobs) // 10, 25) == 0:
+                say(f"preparing images: {count} of {len(jobs)}")
         return bad
+
+    def _size(self, name):
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r").shape[:2]
 
     def __len__(self):
         return len(self.names)
@@ -680,102 +897,104 @@ class ImageCache:
         return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}"
 
     def size(self, k):
+        """(height, width) of image k."""
         return self.sizes[self.names[k]]
 
     def image(self, k):
-        return _mapped(self._path(self.names[k]))
+        """(H,W,3) uint8, mapped: only what is used of it is read."""
+        return _mapped(self.folder / f"{self.names[k]}.npy")
 
     def crop(self, k, top, left, edge):
         """(3,edge,edge) uint8, reflected where the image is smaller."""
         part = np.array(self.image(k)[top:top + edge, left:left + edge])
-        pad = [(0, edge - s) for s in part.shape[:2]] + [(0, 0)]
-        return torch.from_numpy(np.pad(part, pad, mode="reflect")).permute(2, 0, 1)
+        missing = ((0, edge - part.shape[0]), (0, edge - part.shape[1]), (0, 0))
+        part = np.pad(part, missing, mode="reflect")
+        return torch.from_numpy(part).permute(2, 0, 1)
 
     def depth(self, k):
         """(1,1,h,w) float32, or None if the image came without."""
-        path = self._path(self.names[k], ".depth.npy")
+        path = self.folder / f"{self.names[k]}.depth.npy"
         return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
 
 
-_decoded = functools.lru_cache(maxsize=2)(lambda name, maker, arguments: maker(*arguments))
+@functools.lru_cache(maxsize=2)
+def _decoded(name, maker, arguments):                  # name: a changed file has another
+    return maker(*arguments)
 
 
 class ImageFiles(ImageCache):
     """The same without a cache: slow, so 16 samples in a row share a decoded image."""
     share = 16
 
-    def _build(self, items, say):
+    def _build(self, say):
         """Looks at the heads of the files alone. A torn file stops the run, which names it."""
-        self.items = {item[0]: item for item in items}
-        return {name: f"{arguments[0]}: not a readable image" for name, maker, arguments in items
-                if not all(_head_size(maker, arguments))}
+        return {name: f"{self.items[name][1][0]}: not a readable image"
+                for name in self.items if self._size(name) == (0, 0)}
 
-    def _size(self, item):
-        return _head_size(*item[1:])
+    def _size(self, name):
+        return _head_size(*self.items[name])
 
     def image(self, k):
-        return _decoded(*self.items[self.names[k]])[0]
+        return _decoded(self.names[k], *self.items[self.names[k]])[0]
 
     def depth(self, k):
-        depth = _decoded(*self.items[self.names[k]])[1]
+        depth = _decoded(self.names[k], *self.items[self.names[k]])[1]
         return None if depth is None else torch.from_numpy(depth)[None, None]
-
-
-def photo_items(folders, depth_folder=None):
-    """Items of an ImageCache: (name, how to make it, from what). A name is stem-size-fingerprint;
-    the fingerprint is of path, size and time, so that a changed file is read anew."""
-    items = []
-    for path, depth in find_depths(list_images(folders), depth_folder).items():
-        facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
-                 for p in (path, depth) if p]
-        size, fingerprint = sum(f[1] for f in facts), hashlib.sha256(repr(facts).encode())
-        name = f"{path.stem[:40]}-{size}-{fingerprint.hexdigest()[:16]}"
-        items.append((name, _make_photo, (path, depth)))
-    return items
-
-
-def leaf_items(count, edge, seed):
-    """Items of an ImageCache: dead leaves, edge x edge pixels, with true depth. The 2 in the name
-    goes up when dead_leaves draws otherwise, so that a cache of older ones is not used."""
-    return [(f"leaves2-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
-            for k in range(count)]
 
 
 # ---- Writing test sets ---------------------------------------------------------------------------
 
-def _test_images(path, name, depth_path, out, split, seed):
+def clock(seconds):
+    """Seconds in words: 119 s, 2 min, 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def time_left(start, done, total):
+    """"12 s left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
+    return f"{clock((time.monotonic() - start) / done * (total - done))} left"
+
+
+def _write_versions(path, name, depth_path, out, split, seed):
     """Writes one image's degraded versions that are not there yet. Returns rows of params.csv."""
-    try:
-        x = to_tensor(read_image(path))
-        depth = None if depth_path is None else torch.from_numpy(read_depth(depth_path))[None, None]
-    except ValueError as error:
-        return str(error)
-    rows, size = [], x.shape[2:]
-    write_image(out / "original" / "GT" / f"{name}.png", to_image(x))
-    for which in ("in", "out") if split == "both" else (split,):
+    image, depth = _make_photo(path, depth_path)
+    x = to_tensor(image)                                                          # (1,3,H,W)
+    if depth is not None:
+        depth = torch.from_numpy(depth)[None, None]                               # (1,1,h,w)
+    write_image(out / "original" / "GT" / f"{name}.png", image)
+    rows = []
+    splits = ("in", "out") if split == "both" else (split,)
+    for which in splits:
         for task in RANGES[which]:
+            # Each file has a generator of its own: its numbers do not depend on other files.
             g = seeded(seed, which, task, name)
-            drawn = draw(task, size, which, g)
-            alone = task == "haze" and depth is None
-            far, farthest = (depth_prior(*size, g), 1.0) if alone else (depth, None)
-            folder = {"in": f"single_indis/{task}", "out": f"single_outbig/{task}_outbig"}[which]
-            target = out / folder / f"{name}.png"
-            if not target.exists():
-                y = (bicubic_x4(x, stored=True) if task == "sr"
-                     else apply(x, task, drawn, far, farthest))
-                write_image(target, to_image(y))
-            numbers = {key: value.item() for key, value in drawn.items() if value.numel() == 1}
-            rows.append([str(target.relative_to(out)), task, which, g.initial_seed(),
-                         " ".join(f"{key}={value:g}" for key, value in numbers.items())])
+            drawn = draw(task, x.shape[2:], which, g)
+            folder = f"single_indis/{task}" if which == "in" else f"single_outbig/{task}_outbig"
+            target = f"{folder}/{name}.png"
+            if not (out / target).exists():
+                if task == "sr":
+                    y = bicubic_x4(x, stored=True)
+                elif task == "haze" and depth is None:
+                    y = apply(x, task, drawn, depth_prior(*x.shape[2:], g), depth_max=1.0)
+                else:
+                    y = apply(x, task, drawn, depth)
+                write_image(out / target, to_image(y))
+            numbers = [f"{key}={v.item():g}" for key, v in drawn.items() if v.numel() == 1]
+            rows.append([target, task, which, g.initial_seed(), " ".join(numbers)])
     return rows
 
 
-def write_image(path, image):
-    """Writes a PNG whole or not at all, and leaves one that is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
-            Image.fromarray(image).save(unfinished, format="PNG")
+def _begin_plan(plan, settings):
+    """The first line of params.csv says what its folder holds; the rows follow when all is done.
+    Refuses a folder of other test sets."""
+    before = plan.read_text().splitlines()[0] if plan.exists() else settings
+    if before != settings:
+        raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); "
+                         "choose another folder")
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_text(settings + "\n")
 
 
 def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
@@ -784,54 +1003,63 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     The same seed gives the same bytes, on any number of cores and after any interruption. Returns
     the number of images that could not be read.
     """
-    out, files = Path(out), find_depths(list_images([folder]), depth_folder)
-    names = {path: "_".join(path.relative_to(folder).with_suffix("").parts) for path in files}
-    if len(set(names.values())) < len(names):
-        raise ValueError(f"{folder}: two images have the same name but for their ending; "
-                         "rename one")
-    plan = out / "params.csv"
+    out = Path(out)
+    files = find_depths(list_images([folder]), depth_folder)
     settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
-    if plan.exists() and plan.read_text().splitlines()[0] != settings:
-        raise ValueError(f"--out {out} holds other test sets "
-                         f"({plan.read_text().splitlines()[0][2:]}); choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    plan.write_text(settings + "\n")                       # begun; the rows follow when all is done
-    results, start = {}, time.monotonic()
-    with processes(min(os.cpu_count() or 1, len(files))) as pool:
-        futures = {pool.submit(_test_images, path, names[path], depth, out, split, seed): path
-                   for path, depth in files.items()}
-        for count, future in enumerate(as_completed(futures), 1):
-            results[futures[future]] = future.result()
-            rate = count / (time.monotonic() - start)
-            say(f"{count}/{len(files)} {futures[future].name} | {rate:.2f} images/s | "
-                f"{(len(files) - count) / rate:.0f} s left")
-    bad = [result for result in results.values() if isinstance(result, str)]
+    jobs, names = [], set()
+    for path, depth in files.items():
+        name = "_".join(path.relative_to(folder).with_suffix("").parts)     # more/c.png: more_c
+        if name in names:
+            raise ValueError(f"{folder}: two images have the same name but for their ending; "
+                             "rename one")
+        names.add(name)
+        jobs.append((path, (path, name, depth, out, split, seed)))
+    plan = out / "params.csv"
+    _begin_plan(plan, settings)
+    rows, bad, start = {}, [], time.monotonic()
+    workers = min(os.cpu_count() or 1, len(jobs))
+    for count, (path, result) in enumerate(_finished(_write_versions, jobs, workers), 1):
+        try:
+            rows[path] = result()
+        except ValueError as error:
+            bad.append(error)
+        rate = count / (time.monotonic() - start)
+        say(f"{count}/{len(files)} {path.name} | {rate:.2f} images/s | "
+            f"{time_left(start, count, len(files))}")
     with whole_file(plan) as unfinished, open(unfinished, "w", newline="") as file:
         file.write(settings + "\n")
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
-        for path in files:
-            if not isinstance(results[path], str):
-                writer.writerows(results[path])
-    for reason in bad:
-        say(f"skipped {reason}")
-    say(f"{out}: {len(files) - len(bad)} images in {time.monotonic() - start:.0f} s; "
+        for path in files:                                 # in their order, whoever came first
+            writer.writerows(rows.get(path, []))
+    for error in bad:
+        say(f"skipped {error}")
+    say(f"{out}: {len(rows)} images in {time.monotonic() - start:.0f} s; "
         f"next: python eval.py CKPT --testsets {out}")
     return len(bad)
 
 
+# ---- The command ---------------------------------------------------------------------------------
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose complaint is one line that ends the program; its help keeps the lines
+    of `description` as they are."""
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message} (see python {self.prog} --help)")
+
+
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"degrade.py: {message} (see python degrade.py --help)")
+    parser = OneLineParser("degrade.py", description=__doc__)
     add = parser.add_argument
     add("--images", required=True, metavar="DIR", help="pictures to degrade, in any subfolders")
-    add("--depth", metavar="DIR",
-        help="depth maps for haze, matched by name (default: a smooth prior)")
+    add("--depth", metavar="DIR", help="depth maps for haze, by name (default: a smooth prior)")
     add("--out", required=True, metavar="DIR", help="where original/, single_indis/, ... go")
-    add("--split", choices=("in", "out", "both"), default="in",
-        help="In-Dis, Out-Dis ranges, or both")
+    add("--split", choices=("in", "out", "both"), default="in", help="In-Dis, Out-Dis or both")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:

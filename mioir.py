@@ -267,12 +267,14 @@ class ChannelAttention(nn.Module):
         qkv = self.dwconv(self.qkv(f))                                          # (N,3C,H,W)
         qkv = qkv.reshape(n, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.unbind(1)                                                 # (N,heads,c,HW)
+        if q.dtype == torch.float16:     # sums over 256 x 256 pixels go beyond its largest, 65504
+            q, k = q.float(), k.float()
         # The paper normalises q and k; dividing their small product by both lengths is the same
         # and spares two maps of full size.
         length_q = q.norm(dim=-1, keepdim=True).clamp_min(1e-12)                # (N,heads,c,1)
         length_k = k.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         scores = (q @ k.mT) / (length_q * length_k.mT) * self.temperature       # (N,heads,c,c)
-        out = scores.softmax(-1) @ v                                            # (N,heads,c,HW)
+        out = scores.softmax(-1).to(v.dtype) @ v                                # (N,heads,c,HW)
         return self.project(out.reshape(n, c, h, w))                            # (N,C,H,W)
 
 
@@ -541,17 +543,22 @@ class WindowAttention(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth: in training, leaves out the whole branch of an image with a probability,
-    and scales the others up, so that the mean stays: f / (1 - p) or 0."""
+    and scales the others up, so that the mean stays: f / (1 - p) or 0.
+
+    draws: (N,) uniform in [0,1), one for each image, which train.py sets before each step, so that
+    what is dropped does not depend on how a batch is split. None: torch's own generator.
+    """
     def __init__(self, probability):
         super().__init__()
-        self.probability = probability
+        self.probability, self.draws = probability, None
 
     def forward(self, f):
+        """f: (N,H,W,C) -> the same, some of the N images zero."""
         if not self.training or self.probability == 0:
             return f
-        keep = 1 - self.probability
-        each_image = (f.shape[0],) + (1,) * (f.ndim - 1)                        # (N,1,1,1)
-        return f * (f.new_empty(each_image).bernoulli_(keep) / keep)
+        draws = torch.rand(len(f), device=f.device) if self.draws is None else self.draws
+        kept = (draws >= self.probability).to(f.dtype) / (1 - self.probability)
+        return f * kept[:, None, None, None]
 
 
 class WindowBlock(nn.Module):
@@ -568,7 +575,7 @@ class WindowBlock(nn.Module):
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, f, mask):
         """f: (N,H,W,C); mask: (windows,T,T), the shift mask of this size."""
@@ -583,8 +590,8 @@ class WindowBlock(nn.Module):
         t = from_windows(t, self.window, h, w)                                  # (N,H,W,C)
         if self.shift:
             t = t.roll((self.shift, self.shift), (1, 2))
-        f = f + self.drop_path(t)
-        return f + self.drop_path(self.mlp(self.norm2(f)))
+        f = f + self.drop_path1(t)
+        return f + self.drop_path2(self.mlp(self.norm2(f)))
 
 
 class WindowStage(nn.Module):
@@ -707,7 +714,8 @@ class LeFF(nn.Module):
 
 
 class Uformer(Backbone):
-    """The drawing above. 6 sites; bottleneck and decoder 0 share an F_ext, the others have their own.
+    """The drawing above. 6 sites; bottleneck and decoder 0 share an F_ext, the others have their
+    own.
 
     Stages run encoder 0..3, bottleneck, decoder 0..3. The published code takes the square root of
     the number of tokens for the height, so it runs on squares alone; ours keeps both sides.
@@ -878,8 +886,8 @@ def restore_tiled(model, run, x, tile, overlap, report):
         0  _________/                  \\_________    a tile lacks its neighbours; then a ramp over
            context   ramp          ramp  context      the rest of the overlap; then 1
     """
-    multiple, context = getattr(model, "multiple", 1), getattr(model, "context", Backbone.context)
-    overlap = getattr(model, "overlap", Backbone.overlap) if overlap is None else overlap
+    multiple, context = getattr(model, "multiple", 1), getattr(model, "context", 16)
+    overlap = getattr(model, "overlap", 64) if overlap is None else overlap
     tile = math.ceil(tile / multiple) * multiple
     if not 2 * context < overlap < tile:
         raise ValueError(f"overlap must lie between {2 * context + 1} and {tile - 1}, "

@@ -8,13 +8,21 @@
 
 One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file
 per stage, log.jsonl, table.md and .png (PSNR by stage and task), curves.png and strips.png.
+The same seed on the same machine gives the same bits, also to a run that was killed and resumed.
+
+Glossary
+    iteration t    one step of the optimiser on one batch; counted from 0 within its stage
+    period         iterations of one cosine of the learning rate
+    stage          a set of tasks and the periods it is trained for; a mixed run has one stage
+    batch          samples of one iteration over all processes; a part of it: --accumulate
+    raw, EMA       the weights as the optimiser leaves them, and their running average
+    lq, gt         degraded and true crops, (N,3,crop,crop) in [0,1]; task: rows of TASKS, (N,)
 
 Reading order: the recipes; the schedule (Section 3.2) and its learning rate; which task and which
 crop a sample gets; the loop, `run_stages`, on one page. What comes after the banner "not in the
 paper" is the command line, checkpoints, processes, and what is said on the screen.
 Source: paper, Sections 3.2 and 4.1; the published options/*.yml; BasicSR's training loop.
 """
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -36,11 +44,11 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, ImageFiles, apply, depth_prior, draw, leaf_items, photo_items,
-                     seeded)
+from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, depth_prior, draw,
+                     leaf_items, photo_items, seeded)
 from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
                   matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
-from mioir import (ARCHS, TASKS, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
+from mioir import (ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
                    WindowBlock, build_model, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
@@ -48,6 +56,10 @@ from mioir import (ARCHS, TASKS, ResidualBlock, RestormerBlock, SRResNet, TaskCl
 # The loss is L1, the mean of |y - gt|. batch is the total over all GPUs; crop is the edge of a
 # training crop in pixels; period is one cosine period of the learning rate in iterations; order is
 # the sequential order, in letters. Each arch's schedule has ten periods (the classifier's four).
+
+# What to compare when a run goes other than the paper's: Adam's beta2 is .99, not torch's .999, so
+# that its memory of squared gradients is 100 iterations long; the batch is small; the rate is never
+# warmed up; gradients are not clipped; only Uformer's weights decay.
 
 LETTERS = {"s": "sr", "b": "blur", "n": "noise", "j": "jpeg", "r": "rain", "h": "haze", "d": "dark"}
 
@@ -75,8 +87,11 @@ def striped_prompts():
     return (torch.stack(stripes) % 2).float()
 
 
-# What a preset changes in the recipe. leaves, validate: (how many, edge in pixels) of the training
-# images if there is no --data, and of the validation images. prompts: what makes "ep" prompts.
+# What a preset changes in the recipe, so that a run fits two CPU cores: a smaller model (SMALL), a
+# crop and a schedule hundreds of times shorter, and in return a rate five times as high and an EMA
+# that forgets faster. leaves, validate: (how many, edge in pixels) of the training images if there
+# is no --data, and of the validation images. prompts: what makes the "ep" prompts; the paper's
+# random ones where nothing is said. channels_last: convolutions of a CPU are faster so.
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
               crop=32, ema=0.99, channels_last=True, prompts=striped_prompts)
 PRESETS = {
@@ -164,10 +179,11 @@ def stages(arch, seq=False, order=None, period=None):
     if len(set(order)) != len(order):
         raise ValueError(f"--order {order}: a task is repeated; use each of {letters} at most once")
     tasks = tuple(LETTERS[letter] for letter in order)
-    if not seq:
+    if not seq:                                    # mixed: as long as the sequential run, 6 + 4
         return [Stage(tasks, (period,) * (4 if arch == "classifier" else 10))]
-    growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]       # stages 1 to 6
-    return [*growing, Stage(tasks, (period,) * 4)]                              # stage 7
+    # {rain} {rain, jpeg} ...: stages 1 to 6, one period each; then all of them for four.
+    growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]
+    return [*growing, Stage(tasks, (period,) * 4)]
 
 
 def lr_at(iteration, periods, base_lr, eta_min):
@@ -178,10 +194,11 @@ def lr_at(iteration, periods, base_lr, eta_min):
     As published, the restart comes one iteration late: the first iteration of a later period still
     has eta_min (BasicSR's CosineAnnealingRestartLR counts a period's end to the period itself).
     """
-    done, start, end = iteration - 1, 0, 0
+    done = iteration - 1                           # iterations behind us: 0 at the first
+    start, end = 0, 0                              # of the period that `done` falls into
     for period in periods:
         start, end = end, end + period
-        if done <= end:
+        if done <= end:                            # not <: the late restart
             break
     return eta_min + 0.5 * (base_lr - eta_min) * (1 + math.cos(math.pi * (done - start) / period))
 
@@ -269,7 +286,9 @@ def make_batch(samples, crop, device):
 
 
 def degrade_group(canvas, task, samples):
-    """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers."""
+    """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers.
+    Rain is cut from a larger field, whose brightest spot gets RAIN_PEAK, not 1: a whole image is
+    larger still, and its one brightest spot makes all others darker."""
     drawn = {}
     for name in samples[0]["drawn"]:
         drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
@@ -281,15 +300,19 @@ def degrade_group(canvas, task, samples):
 
 
 def turned(x, turn):
-    """One of the eight flips and quarter turns of (C,H,H)."""
+    """One of the eight flips and quarter turns of (C,H,H); turn: 0..7, three bits."""
     if turn & 1:
-        x = x.mT
-    axes = [axis for axis, bit in ((1, 2), (2, 4)) if turn & bit]
-    return x.flip(axes)
+        x = x.mT                                   # transposed; with one flip, a quarter turn
+    if turn & 2:
+        x = x.flip(1)
+    if turn & 4:
+        x = x.flip(2)
+    return x
 
 
 class Stream(torch.utils.data.Dataset):
-    """Iteration t -> this process's parts of the batch, each a list of samples."""
+    """Iteration t -> this process's parts of the batch, each a list of samples. Not a shuffled list
+    of files, as published: what comes at t can be computed without what came before."""
 
     def __init__(self, run, source, machine):
         self.source, self.shares = source, machine.share(run.recipe["batch"])
@@ -318,7 +341,6 @@ def batches(run, source, machine):
             reason = str(error).splitlines()[-1]   # line says what happened
             raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {reason}; "
                              f"{run.last_good()}") from None
-        torch.manual_seed(seeded(run.args.seed, run.stage, t, machine.rank).initial_seed())
         yield t, list(zip(machine.share(run.recipe["batch"]), parts))
 
 
@@ -330,10 +352,22 @@ def prepare_batch(samples, crop, machine, args):
     return lq, None if args.arch == "classifier" else gt, task
 
 
+def draw_drop_paths(model, key, rows, device):
+    """Draws which images of a part leave out which branch (SwinIR, Uformer): uniform numbers that
+    depend on (seed, stage, t, i) and the branch alone. key: (seed, stage, t); rows: the i's."""
+    drops = [m for m in model.modules() if isinstance(m, DropPath) and m.probability > 0]
+    if drops:
+        draws = torch.stack([torch.rand(len(drops), generator=seeded(*key, i, "drop path"))
+                             for i in rows], 1).to(device)                      # (branches,n)
+        for module, of_module in zip(drops, draws):
+            module.draws = of_module                                            # (n,)
+
+
 # ---- The loop ------------------------------------------------------------------------------------
 
 def loss_per_image(net, lq, gt, task):
-    """(N,): L1, the paper's only loss; for the classifier, cross-entropy."""
+    """(N,): L1, mean |y - gt| of each image: the paper's only loss. The classifier, for which there
+    is no gt, has a cross-entropy of its logits and the true task."""
     if gt is None:
         return F.cross_entropy(net(lq), task, reduction="none")
     return (net(lq, task) - gt).abs().mean((1, 2, 3))
@@ -341,7 +375,8 @@ def loss_per_image(net, lq, gt, task):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model, parameter by parameter."""
+    """ema = decay * ema + (1 - decay) * model, parameter by parameter. It starts as a copy of the
+    model, so needs no correction for a start at zero. The paper's tables are of the raw weights."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -368,17 +403,19 @@ def run_stages(run, net, source, machine, log):
             losses = torch.zeros(batch, device=machine.device)
             for k, (rows, samples) in enumerate(parts):     # one part, unless --accumulate
                 lq, gt, task = prepare_batch(samples, recipe["crop"], machine, args)
-                with machine.autocast(), machine.no_exchange(net, k < len(parts) - 1):
-                    loss = loss_per_image(net, lq, gt, task)                    # (n,)
-                # The mean over the batch. Times world, because DDP averages over the processes.
-                (loss.sum() * machine.world / batch).backward()
+                draw_drop_paths(run.model, (args.seed, run.stage, t), rows, machine.device)
+                with machine.no_exchange(net, k < len(parts) - 1):
+                    with machine.autocast():
+                        loss = loss_per_image(net, lq, gt, task)                # (n,)
+                    # The mean over the batch. Times world, as DDP averages over the processes.
+                    (loss.sum() * machine.world / batch).backward()
                 losses[rows.start:rows.stop] = loss.detach()
 
             losses = machine.sum_of_all(losses)                                 # (batch,)
             tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
-            refuse_what_is_not_finite(run, losses, tasks, t)    # before the weights change
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in run.model.parameters() if p.grad is not None])
+            refuse_what_is_not_finite(run, losses, norm, tasks, t)    # before the weights change
             run.optimizer.step()
             update_ema(run.ema, run.model, recipe["ema"])
             run.iteration = t + 1
@@ -408,6 +445,8 @@ def run_stages(run, net, source, machine, log):
 # ==================================================================================================
 
 # ---- The command line ----------------------------------------------------------------------------
+# One dataclass holds it, from which the parser is built: a flag is written down once, with its
+# type, its default and its line in --help.
 
 def option(default, text, **more):
     """A field of Args: its default, its line in --help, and what else argparse should know."""
@@ -417,10 +456,12 @@ def option(default, text, **more):
 @dataclasses.dataclass
 class Args:
     """The command line, one field a flag."""
+    # What the paper varies.
     arch: str = option("restormer", f"{', '.join(ARCHS)}, or classifier", choices=tuple(RECIPES))
     seq: bool = option(False, "sequential: one task more per stage (default: mixed, all at once)")
     prompt: str = option(None, "tell the task: ep (explicit; also --prompt alone) or ap (adaptive)",
                          nargs="?", const="ep", choices=("ep", "ap"))
+    # How long, on what images. Only --data DF2K and the preset "paper" are the paper's.
     preset: str = option("paper", "paper; on 2 CPU cores: hours, study, demo, smoke (seconds)",
                          choices=tuple(PRESETS))
     data: list = option(None, "folders of photos (default: dead leaves, made from the seed)",
@@ -429,10 +470,13 @@ class Args:
     leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
     period: int = option(None, "iterations of a cosine period (default: by preset)")
+    # Where results go, and going on.
     seed: int = option(0, "of weights, images, crops and degradations")
     out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
     resume: bool = option(False, "go on from OUT/last.pt")
     print_plan: bool = option(False, "print the schedule and stop")
+    # How it is computed: faster or in less memory. What is computed stays the same but for rounding
+    # (bf16: 8 bits of mantissa in convolutions and matrix products; weights and Adam stay float32).
     precision: str = option("fp32", "fp32, tf32 or bf16: numbers to compute in; tf32conv: TF32 for "
                             "convolutions alone, as the paper's torch 1.12 did on newer GPUs")
     compile: bool = option(False, "torch.compile the network")
@@ -447,10 +491,12 @@ class Args:
 
     @property
     def recipe(self):
+        """See recipe_of."""
         return recipe_of(self.arch, self.preset, self.period)
 
     @property
     def name(self):
+        """Of the run, and of its folder where --out does not say otherwise."""
         if self.arch == "classifier":
             return f"classifier-{self.preset}"
         schedule = "seq" if self.seq else "mixed"
@@ -459,9 +505,7 @@ class Args:
 
 def parse(argv):
     """The command line as Args. Exits with one line where flags are unknown or contradict."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.error = lambda message: sys.exit(f"train.py: {message} (see python train.py --help)")
+    parser = OneLineParser("train.py", description=__doc__)
     for f in dataclasses.fields(Args):
         if f.type is bool:
             kind = dict(action="store_true")
@@ -485,34 +529,41 @@ def parse(argv):
     return args
 
 
-def print_plan(args):
-    """The whole schedule as a table: what --print-plan shows."""
+def plan(args):
+    """The recipe in two lines and the schedule as a table: what --print-plan shows."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
-    print(f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
-          f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
-          f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n")
     rows, total = [], 0
     for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"]), 1):
-        rates = []
-        for t in (1, stage.iterations // 2, stage.iterations):
-            rates.append(f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}")
+        rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
+                 for t in (1, stage.iterations // 2, stage.iterations)]
         rows.append([k, " ".join(stage.tasks), stage.iterations,
                      f"{len(stage.periods)} x {stage.periods[0]}", *rates])
         total += stage.iterations
-    print(markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first",
-                    "lr middle", "lr last"], rows))
-    print(f"\ntotal: {total} iterations; each stage has a fresh optimiser")
+    table = markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first",
+                      "lr middle", "lr last"], rows)
+    return (f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
+            f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
+            f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n\n"
+            f"{table}\n\ntotal: {total} iterations; each stage has a fresh optimiser")
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
 
 class Run:
     """Everything that a checkpoint holds: the weights, where the run stands, and what it is.
-    leads: this process writes the files, one of all that train together."""
+
+    model, ema:         raw weights and their average; ema is never trained, only updated
+    stage, iteration:   where it stands: stages done, and iterations done in the present one
+    stages, recipe:     the schedule and the numbers it follows
+    table:              [(name of a row, {task: PSNR in dB}), ...]: the input, then a row a stage
+    facts:              what must be the same when a stopped run goes on
+    leads:              this process writes the files, one of all that train together
+    """
 
     def __init__(self, args, device, leads=True):
         self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
         self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"])
+        # The start depends on the seed alone, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):                # leaves the caller's generator alone
             torch.manual_seed(args.seed)
             if args.arch == "classifier":
@@ -523,19 +574,21 @@ class Run:
         if args.prompt == "ep" and "prompts" in self.recipe:
             self.model.prompts.copy_(self.recipe["prompts"]())
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.stage, self.iteration = 0, 0                    # this stage, and iterations done in it
-        self.table = []                                         # [(name, {task: PSNR}), ...]
+        self.stage, self.iteration = 0, 0
+        self.table = []
         self.new_optimizer()
 
     def new_optimizer(self):
-        """Fresh for each stage: what Adam has learned about earlier gradients is forgotten."""
+        """Fresh for each stage: what Adam has learned about earlier gradients is forgotten. Adam
+        adds weight decay to the gradient, AdamW takes it off the weights (Uformer's .02)."""
         recipe, parameters = self.recipe, list(self.model.parameters())
         self.optimizer = getattr(torch.optim, recipe["optimizer"])(
             parameters, recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"],
             fused=not parameters[0].is_meta)                     # one kernel for all parameters
 
     def identify(self, data):
-        """Notes what must stay the same when the run goes on; data: ImageCache.identity."""
+        """Notes what must stay the same when the run goes on; data: ImageCache.identity. Flags that
+        only change how it is computed (--workers, --accumulate, --precision ...) may differ."""
         kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
         self.facts = {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed,
                       "order": [list(stage.tasks) for stage in self.stages],
@@ -543,7 +596,10 @@ class Run:
                       "data": data, **{key: self.recipe[key] for key in kept}}
 
     def save(self, keep=None):
-        """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name."""
+        """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name for
+        a copy that stays. The new file is written beside the old one, forced onto the disk, and
+        only then takes its name: a run killed at any moment has a whole last.pt or previous.pt.
+        """
         if not self.leads:
             return
         last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
@@ -574,7 +630,8 @@ class Run:
         return "no checkpoint was written yet"
 
     def load(self, say):
-        """Goes on from last.pt, or previous.pt if the newest is torn. Refuses another recipe."""
+        """Goes on from last.pt, or previous.pt if the newest is torn. Refuses another recipe: half
+        a run by one and half by another would be neither."""
         for path in checkpoints(self.out):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -613,7 +670,9 @@ def copy_or_link(source, target):
 
 
 def open_images(args, say):
-    """The images to train on. Refuses what would lose an earlier run."""
+    """The images to train on: --data, or dead leaves, or both. They are decoded once into a cache
+    beside the run. Refuses what would lose an earlier run: a folder that holds one, without
+    --resume."""
     out, recipe = Path(args.out), args.recipe
     begun = checkpoints(out)
     if begun and not args.resume:
@@ -637,7 +696,12 @@ def open_images(args, say):
 
 class Machine:
     """Where a run computes: the device, this process's rank among `world`, and how fast a way it
-    takes. None of it changes what is computed, but for rounding."""
+    takes. None of it changes what is computed, but for rounding.
+
+    torchrun starts `world` processes, one a GPU, and tells each its rank by environment variables.
+    Every process holds the whole model, takes its share of each batch, and DDP averages their
+    gradients, so that all make the same step.
+    """
 
     def __init__(self, args):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -660,13 +724,14 @@ class Machine:
         torch.backends.cudnn.deterministic = True               # the same bits every time
 
     def share(self, batch):
-        """Which samples of a batch are this process's: a list of parts, each a range."""
+        """Which samples of a batch are this process's: a list of parts, each a range. Batch 8, two
+        processes, --accumulate 2: rank 0 has [0..1, 2..3], rank 1 has [4..5, 6..7]."""
         size = batch // (self.world * self.parts)
         first = self.rank * self.parts
         return [range(size * k, size * (k + 1)) for k in range(first, first + self.parts)]
 
     def wrap(self, model):
-        """The model as it is called in training."""
+        """The model as it is called in training. The same weights: run.model sees every step."""
         if self.args.checkpointing:
             recompute_blocks(model)
         if self.channels_last:
@@ -676,6 +741,7 @@ class Machine:
         return torch.compile(model) if self.args.compile else model
 
     def autocast(self):
+        """In bf16, torch decides operation by operation; sums, norms and the loss stay float32."""
         if self.args.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
@@ -698,8 +764,9 @@ class Machine:
 
 
 def recompute_blocks(model):
-    """Activation checkpointing: a block keeps its input alone and is run again going backward.
-    SRResNet's are small: of four, the first one's input alone is kept."""
+    """Activation checkpointing (Chen et al. 2016): a block keeps its input alone, and is run again
+    when its gradient is due: about a third more time for a tenth to a quarter of the memory.
+    SRResNet's blocks are small: of four, the first one's input alone is kept."""
     for module in model.modules():
         if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
@@ -709,7 +776,8 @@ def recompute_blocks(model):
 
 
 def lay_channels_last(model):
-    """Convolutions' weights in torch.channels_last; `model.to` refuses PromptIR's 5-D prompts."""
+    """Convolutions' weights in torch.channels_last, (N,H,W,C) in memory: what convolution kernels
+    want, and the order that layer norm needs. (`model.to` refuses PromptIR's 5-D prompts.)"""
     for p in model.parameters():
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -725,7 +793,8 @@ def before_training(args, pairs):
 
 
 def validate(run, pairs, machine, log):
-    """{task: PSNR in dB, or the classifier's accuracy in %}; one process computes, others wait."""
+    """{task: PSNR in dB, or the classifier's accuracy in %} of the raw weights on images that no
+    run trains on; one process computes, the others wait."""
     started, scores = time.monotonic(), None
     if run.leads and run.args.arch == "classifier":
         scores, _ = confusion(run.model, pairs, machine.device)
@@ -737,29 +806,41 @@ def validate(run, pairs, machine, log):
     return scores
 
 
-def refuse_what_is_not_finite(run, losses, tasks, t):
-    """Raises ValueError that names the task whose loss is not a number."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: the loss of {tasks[bad[0]]} "
-                         "is not finite; the weights were left as they were before; "
-                         f"{run.last_good()}")
+def refuse_what_is_not_finite(run, losses, norm, tasks, t):
+    """Raises ValueError that names the task whose loss is not a number, or the gradient: a finite
+    loss can have an infinite one, and a single step with it would poison every weight."""
+    fault = None
+    if not math.isfinite(norm.item()):
+        fault = "the gradient"
+    for task, loss in zip(tasks, losses.tolist()):
+        if not math.isfinite(loss):
+            fault = f"the loss of {task}"
+    if fault:
+        raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {fault} is not finite; the "
+                         f"weights were left as they were before; {run.last_good()}")
 
 
 class Log:
-    """Progress on the screen and in log.jsonl; one process of many speaks."""
+    """Progress on the screen and in log.jsonl, one JSON object a line; one process of many speaks.
+
+    Between two reports the losses of every task are collected, so that each report has means over
+    all images of a task since the one before, not the last batch's.
+    """
 
     def __init__(self, run):
         self.speaks = run.leads
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
         self.total = sum(stage.iterations for stage in run.stages)
-        self.iterations, self.start, self.idle = 0, time.monotonic(), 0.0  # idle: when validating
-        self.sums, self.counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
-        self.stop = None                                             # the signal that asked to stop
+        self.losses = {task: [] for task in TASKS}
+        self.iterations = 0                        # of this session: a resumed run counts anew
+        self.start, self.idle = time.monotonic(), 0.0       # idle: seconds spent validating
+        # Ctrl-C and `kill` ask: the loop ends its iteration, saves, and says how to go on.
+        self.stop = None
         self.handlers = {number: signal.signal(number, self.ask_to_stop)
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask_to_stop(self, number, frame):
+        """A signal's handler; notes which, as the exit code of a stopped run is 128 + number."""
         self.stop = number
 
     def close(self):
@@ -768,42 +849,41 @@ class Log:
             signal.signal(number, handler)
 
     def say(self, text):
+        """A line on the screen."""
         if self.speaks:
             print(text, flush=True)
 
     def write(self, **fields):
+        """A line in log.jsonl; the file is line-buffered, so a killed run's log is whole."""
         if self.speaks:
             self.file.write(json.dumps(fields) + "\n")
 
     def rate(self):
-        """Iterations per second of training in this session."""
+        """Iterations per second of training in this session, validations not counted."""
         return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
 
     def left(self, run):
-        """Seconds to the end of the run, at this rate."""
+        """Seconds to the end of the run, at this rate; what validations will take is not in it."""
         done = sum(stage.iterations for stage in run.stages[:run.stage]) + run.iteration
         return (self.total - done) / self.rate()
 
     def add(self, run, losses, tasks, norm, lr):
-        """Counts an iteration; speaks every log_every iterations."""
-        rows = torch.tensor([TASKS.index(task) for task in tasks])
-        self.sums.index_add_(0, rows, losses.cpu())
-        self.counts += rows.bincount(minlength=len(TASKS))
+        """Counts an iteration; speaks every log_every iterations and at a stage's end.
+        losses: (batch,), tasks: their names, norm: the gradient's, lr: the rate that was used."""
+        for task, loss in zip(tasks, losses.tolist()):
+            self.losses[task].append(loss)
         self.iterations += 1
-        stage = run.stages[run.stage]
-        if self.iterations == 20:
+        if self.iterations == 20:                  # the first ones are slow: caches, compilation
             self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
+        stage = run.stages[run.stage]
         if run.iteration % run.recipe["log_every"] == 0 or run.iteration == stage.iterations:
             self.report(run, stage, norm, lr)
 
     def report(self, run, stage, norm, lr):
         """One line about the iterations since the last one."""
-        means = {}
-        for task, total, count in zip(TASKS, self.sums, self.counts):
-            if count:
-                means[task] = round((total / count).item(), 5)
-        self.sums.zero_()
-        self.counts.zero_()
+        means = {task: round(sum(values) / len(values), 5)
+                 for task, values in self.losses.items() if values}
+        self.losses = {task: [] for task in TASKS}
         losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
         images = self.rate() * run.recipe["batch"]
         self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | "
@@ -812,14 +892,6 @@ class Log:
         self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=means,
                    lr=lr, gradient_norm=round(norm.item(), 5), images_per_second=round(images, 2),
                    seconds_left=round(self.left(run)))
-
-
-def clock(seconds):
-    """Seconds in words."""
-    minutes = int(seconds + 30) // 60
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes >= 2 else f"{int(seconds)} s"
 
 
 def peak_memory(device):
@@ -831,7 +903,8 @@ def peak_memory(device):
 
 
 def show_table(run, log):
-    """The stage x task table: printed, and written as table.md and table.png."""
+    """The stage x task table, or forgetting matrix: how well each task is done after each stage,
+    those already trained framed. Printed, and written as table.md, table.png; curves.png too."""
     if not run.leads:
         return
     unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
@@ -850,24 +923,19 @@ def show_table(run, log):
 
 
 def announce(run, source, machine, say):
-    """The first lines: where and what will run; then the stages."""
+    """The first lines: where, on what, and what will run."""
+    where = f"cpu, {torch.get_num_threads()} threads"
     if machine.device.type == "cuda":
         where = torch.cuda.get_device_name(machine.device)
-    else:
-        where = f"cpu, {torch.get_num_threads()} threads"
-    if machine.world > 1:
-        where += f", {machine.world} processes"
-    crop, iterations = run.recipe["crop"], sum(stage.iterations for stage in run.stages)
-    say(f"on {where}: {run.args.name}, "
-        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, "
-        f"{iterations:,} iterations of {run.recipe['batch']} crops of {crop} x {crop} "
-        f"from {len(source)} images, {run.args.precision}")
-    for k, stage in enumerate(run.stages, 1):
-        say(f"  stage {k}: {', '.join(stage.tasks)}; {stage.iterations:,} iterations")
+    parameters = sum(p.numel() for p in run.model.parameters())
+    say(f"on {where}, {machine.world} process(es), {run.args.precision}: {parameters:,} "
+        f"parameters, crops from {len(source)} images")
+    say(plan(run.args))
 
 
 def stopped(run, log):
-    """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown."""
+    """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown. Exits
+    with 128 + the signal's number, as shells expect."""
     run.save()
     again = " ".join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
     log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
@@ -890,9 +958,9 @@ def finish(run, pairs, log, machine):
 
 
 def train(args):
-    """A whole run, from Args to the last picture."""
+    """A whole run, from Args to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
-        return print_plan(args)
+        return print(plan(args))
     machine = Machine(args)
     leads = machine.rank == 0
     source = open_images(args, print) if leads else None            # one decodes, others wait

@@ -11,40 +11,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEADER = ("import functools, hashlib, math, re\nimport torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
-          "from torch.utils.checkpoint import checkpoint\n")
-BACKBONE = ["Extractor", "PromptPath", "unmodulated", "random_prompts", "reflect_pad", "TASKS", "Backbone"]
-WINDOW = ["to_windows", "from_windows", "relative_position_index", "shift_mask", "attend", "WindowAttention", "DropPath", "WindowBlock",
+ORDER = ("mioir.py", "degrade.py", "eval.py", "train.py")                # what each may need stands before it
+HEADER = ("import functools, hashlib, math, re\nimport numpy as np\nimport torch\nfrom torch import nn\n"
+          "from torch.nn import functional as F\n")
+BACKBONE = ["TASKS", "Extractor", "PromptPath", "modulate", "Backbone"]
+WINDOW = ["to_windows", "from_windows", "relative_position_index", "shift_mask", "WindowAttention", "DropPath", "WindowBlock",
           "WindowStage", "init_linears"]
-RESTORMER = ["conv3x3", "LayerNorm2d", "ChannelAttention", "GatedFeedForward", "RestormerBlock", "half", "double"]
-# symbol: (file, what else it needs, a line that must run)
+RESTORMER = ["ChannelAttention", "GatedFeedForward", "RestormerBlock"]
+# symbol: (file, what else it needs, lines that must run)
 COPY = {
-    "PromptPath": ("mioir.py", ["Extractor"],
-                   "m = PromptPath(1, {'a': (0, 8)}, 64)(torch.rand(2, 1, 64, 64)); assert m('a', torch.rand(2, 8, 4, 4)).shape == (2, 8, 4, 4)"),
-    "SRResNet": ("mioir.py", [*BACKBONE, "conv3x3", "ResidualBlock"],
+    "PromptPath": ("mioir.py", ["Extractor", "modulate"],
+                   "prompt = PromptPath(1, {'a': (0, 8)}, 64)(torch.rand(2, 1, 64, 64))\n"
+                   "assert modulate(torch.rand(2, 8, 4, 4), prompt, 'a').shape == (2, 8, 4, 4)"),
+    "SRResNet": ("mioir.py", [*BACKBONE, "ResidualBlock"],
                  "assert SRResNet('ep', 8, 2)(torch.rand(1, 3, 9, 9), torch.tensor([3])).shape == (1, 3, 9, 9)"),
-    "SwinIR": ("mioir.py", [*BACKBONE, *WINDOW, "conv3x3", "LayerNorm2d", "Mlp", "SwinGroup"],
-               "assert SwinIR('ap', 12, (2,), 2)(torch.rand(1, 3, 16, 24)).shape == (1, 3, 16, 24)"),
     "Restormer": ("mioir.py", [*BACKBONE, *RESTORMER],
                   "assert Restormer('ep', 8, (1, 1, 1, 1), 1, (1, 1, 2, 2))(torch.rand(1, 3, 16, 24), torch.tensor([0])).shape == (1, 3, 16, 24)"),
-    "Uformer": ("mioir.py", [*BACKBONE, *WINDOW, "conv3x3", "LeFF"],
-                "assert Uformer(None, 8, (1,) * 9)(torch.rand(1, 3, 128, 256)).shape == (1, 3, 128, 256)"),
     "PromptIR": ("mioir.py", [*BACKBONE, *RESTORMER, "Restormer", "PromptGenerator", "PromptInteraction"],
                  "assert PromptIR(None, 8, (1, 1, 1, 1), 1, (1, 1, 2, 2), prompt_dims=(8, 8, 8))(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)"),
+    "SwinIR": ("mioir.py", [*BACKBONE, *WINDOW, "Mlp", "SwinGroup"],
+               "assert SwinIR('ap', 12, (2,), 2)(torch.rand(1, 3, 16, 24)).shape == (1, 3, 16, 24)"),
+    "Uformer": ("mioir.py", [*BACKBONE, *WINDOW, "LeFF"],
+                "assert Uformer(None, 8, (1,) * 9)(torch.rand(1, 3, 128, 256)).shape == (1, 3, 128, 256)"),
     "TaskClassifier": ("mioir.py", ["TASKS"], "assert TaskClassifier(8)(torch.rand(2, 3, 32, 32)).shape == (2, 7)"),
-    "restore": ("mioir.py", ["reflect_pad", "pad_for", "_restore_tiled", "_starts", "_trapezoid"],
-                "m = nn.Identity(); m.multiple, m.square, m.overlap, m.context = 8, False, 40, 16\n"
-                "m.modulation = lambda x, task: None; m.forward = lambda x, modulate: x\n"
-                "x = torch.rand(1, 3, 70, 90); assert torch.allclose(restore(m, x, tile=64), x, atol=1e-6)"),
-    "gaussian_blur": ("degrade.py", ["quantize", "per_image", "reflect_pad"],
+    "restore": ("mioir.py", ["reflect_pad", "pad_for", "restore_tiled", "tile_starts", "trapezoid"],
+                "class Same(nn.Module):\n    multiple, overlap, context = 8, 40, 16\n"
+                "    def forward(self, x, task):\n        return x\n"
+                "x = torch.rand(1, 3, 70, 90); assert torch.allclose(restore(Same(), x, tile=64), x, atol=1e-6)"),
+    "gaussian_blur": ("degrade.py", ["quantize", "per_image", "gaussian_taps", "reflect_pad"],
                       "assert gaussian_blur(torch.rand(2, 3, 30, 30), 9, torch.tensor([1.0, 2.0])).shape == (2, 3, 30, 30)"),
-    "jpeg": ("degrade.py", ["quantize", "per_image", "_LUMA", "_CHROMA", "_jpeg_block"],
+    "jpeg": ("degrade.py", ["quantize", "per_image", "_LUMA", "_CHROMA", "_jpeg_blocks"],
              "assert jpeg(torch.rand(2, 3, 30, 30), 40).shape == (2, 3, 30, 30)"),
-    "rain_streaks": ("degrade.py", ["per_image", "reflect_pad", "_SIGMA_11", "_WIDTH_TAPS", "_width_taps", "streak_kernels", "_rain_layer",
-                                    "_fast_size"],
+    "rain_streaks": ("degrade.py", ["per_image", "reflect_pad", "gaussian_taps", "_turned_diagonal", "_blur_matrix", "streak_kernels",
+                                    "_fast_size", "_rain_layer"],
                      "assert rain_streaks(torch.rand(2, 1, 64, 64) * 256, 90, 5, 30, 10).max() == 1"),
     "add_haze": ("degrade.py", ["quantize", "per_image"],
                  "assert add_haze(torch.rand(1, 3, 16, 16), torch.rand(1, 1, 4, 4), 0.9, 1.5).shape == (1, 3, 16, 16)"),
+    "dead_leaves": ("degrade.py", ["quantize", "per_image", "gaussian_taps", "reflect_pad", "gaussian_blur", "_PALETTE", "spectrum_noise",
+                                   "_backdrop", "_outline", "_leaf_texture", "_paint_leaf"],
+                    "image, depth = dead_leaves(40, 50, torch.Generator().manual_seed(1))\n"
+                    "assert image.shape == (1, 3, 40, 50) and depth.shape == (1, 1, 40, 50)"),
+    "psnr": ("eval.py", ["inside_border"], "a = np.zeros((20, 30, 3), np.uint8); assert round(psnr(a, a + 16), 2) == 24.05"),
+    "ssim": ("eval.py", ["gaussian_taps", "inside_border", "local_mean"], "a = np.zeros((20, 30, 3), np.uint8); assert ssim(a, a) == 1"),
     "lr_at": ("train.py", [], "assert lr_at(1, (10, 10), 2e-4, 1e-7) == 2e-4 and lr_at(11, (10, 10), 2e-4, 1e-7) == 1e-7"),
 }
 
@@ -52,7 +60,7 @@ COPY = {
 def definitions():
     """{symbol: (file, first line, last line, source)} of everything at the top level of the modules."""
     found = {}
-    for name in ("train.py", "degrade.py", "mioir.py"):
+    for name in ("train.py", "eval.py", "degrade.py", "mioir.py"):
         source = (ROOT / name).read_text()
         lines = source.splitlines()
         for node in ast.parse(source).body:
@@ -76,7 +84,7 @@ def table():
 @pytest.mark.parametrize("symbol", COPY)
 def test_a_lifted_symbol_runs_with_torch_alone(symbol, tmp_path):
     found = definitions()
-    wanted = sorted((found[name] for name in [*COPY[symbol][1], symbol]), key=lambda d: (d[0] == "degrade.py", d[1]))
+    wanted = sorted((found[name] for name in [*COPY[symbol][1], symbol]), key=lambda d: (ORDER.index(d[0]), d[1]))
     (tmp_path / "lifted.py").write_text(HEADER + "\n\n".join(source for *_, source in wanted) + "\n\n" + COPY[symbol][2] + "\n")
     code = (tmp_path / "lifted.py").read_text()
     exec(compile(code, f"{symbol}, lifted", "exec"), {"__name__": "lifted"})
@@ -84,6 +92,17 @@ def test_a_lifted_symbol_runs_with_torch_alone(symbol, tmp_path):
 
 def test_the_readmes_table_is_current():
     assert table() in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_network_of_ones_own_runs_and_is_restored():
+    """PromptPath in a reader's own U-Net, as the README shows it; whole and in tiles, at any size."""
+    code = re.search(r"```python\n(class MyUNet.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    space = {}
+    exec("import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
+         "from mioir import PromptPath, modulate, restore\nphoto = torch.rand(1, 3, 201, 93)\n" + code, space)
+    assert space["y"].shape == (1, 3, 201, 93)
+    tiled = space["restore"](space["model"], space["photo"], space["torch"].tensor([2]), tile=160)
+    assert tiled.shape == (1, 3, 201, 93) and (tiled - space["y"]).abs().max() < 1e-5
 
 
 def test_mioir_imports_torch_alone():

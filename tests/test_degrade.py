@@ -69,7 +69,7 @@ def test_drawn_parameters_fill_their_ranges_and_nothing_else(split):
             values = drawn[name]
             assert low <= values.min() and values.max() <= high
             assert values.min() <= low + 0.03 * (high - low) and values.max() >= high - 0.03 * (high - low)
-            decimals = 2 if isinstance(low, float) else 0
+            decimals = 0 if name in d.STEPS else d.DECIMALS[task]
             assert torch.allclose(values, torch.round(values, decimals=decimals), atol=1e-5)
             if name in ("kernel_size", "width"):
                 assert (values % 2 == 1).all()
@@ -142,8 +142,10 @@ def test_every_kind_of_file_becomes_rgb(tmp_path):
     assert np.array_equal(d.read_image(deep)[:, :, 1], grey)
     turned = Image.Exif()
     turned[0x0112] = 6                                                  # the camera was held on its side
-    save(tmp_path / "turned.png", rgb, exif=turned)
-    assert np.array_equal(d.read_image(tmp_path / "turned.png"), np.rot90(rgb, -1))
+    for name in ("turned.png", "turned.tif"):
+        save(tmp_path / name, rgb, exif=turned)
+        assert np.array_equal(d.read_image(tmp_path / name), np.rot90(rgb, -1))
+        assert d.ImageFiles(tmp_path, [(name, d._make_photo, (tmp_path / name, None))], 20).size(0) == (30, 20)
 
 
 def test_broken_and_small_files_are_named_and_skipped(tmp_path):
