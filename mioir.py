@@ -779,14 +779,14 @@ class TaskClassifier(nn.Module):
     published one ends in a softmax and is trained with a cross-entropy that applies another, which
     flattens the gradients; ours returns logits, whose softmax equals the published output.
     """
-    def __init__(self, width=128, high_pass=False):
+    def __init__(self, width=128, high_pass=False, none=False):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                # (N,128,H/3,W/3)
             nn.Conv2d(width, width, 3, stride=3), nn.LeakyReLU(0.1),            # (N,128,H/9,W/9)
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
-        self.head = nn.Linear(32, len(TASKS))
+        self.head = nn.Linear(32, len(TASKS) + none)
         if high_pass:       # a start for short runs: the first filters see texture, not brightness
             first = self.features[0].weight.data
             first.sub_(first.mean((2, 3), keepdim=True)).mul_(3)

@@ -30,7 +30,7 @@ import functools
 import json
 import math
 import os
-import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -45,11 +45,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, depth_prior, draw,
-                     leaf_items, photo_items, seeded)
+                     jpeg, leaf_items, photo_items, read_image, seeded)
 from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
-                  matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
+                  match_pairs, matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
 from mioir import (ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
-                   WindowBlock, build_model, reflect_pad)
+                   WindowBlock, build_model, load_model, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
@@ -109,7 +109,7 @@ SMALL = {
     "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(high_pass=True),
+    "classifier": dict(high_pass=True, none=True),
 }
 # Where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to look at.
 SPECIAL = {
@@ -125,16 +125,16 @@ SPECIAL = {
 }
 
 
-def recipe_of(arch, preset, period=None):
+def recipe_of(arch, preset, own=()):
     """The recipe that a run follows, one dict: the arch's, then what the preset changes in it, then
-    the exception for both, then --period. What comes later wins."""
+    the exception for both, then the user's own numbers, {key: number or None}: --period, --lr,
+    --batch, --crop. What comes later wins."""
     recipe = dict(RECIPES[arch])
     if preset != "paper":
         recipe["sizes"] = SMALL[arch]
     recipe.update(PRESETS[preset])
     recipe.update(SPECIAL.get((preset, arch), {}))
-    if period:
-        recipe["period"] = period
+    recipe.update({key: number for key, number in dict(own).items() if number is not None})
     return recipe
 
 
@@ -164,9 +164,10 @@ class Stage(NamedTuple):
         return sum(self.periods)
 
 
-def stages(arch, seq=False, order=None, period=None):
+def stages(arch, seq=False, order=None, period=None, none=False):
     """The schedule, a list. Mixed: one stage, all tasks. Sequential: stage k trains the first k.
     order: letters of LETTERS, each at most once; the default is the paper's. period: iterations.
+    none: undamaged images are one more "task", for a classifier that can say so.
     Raises ValueError for letters that are unknown or repeated.
     """
     order = order or RECIPES[arch]["order"]
@@ -179,6 +180,8 @@ def stages(arch, seq=False, order=None, period=None):
     if len(set(order)) != len(order):
         raise ValueError(f"--order {order}: a task is repeated; use each of {letters} at most once")
     tasks = tuple(LETTERS[letter] for letter in order)
+    if none:
+        tasks += ("none",)
     if not seq:                                    # mixed: as long as the sequential run, 6 + 4
         return [Stage(tasks, (period,) * (4 if arch == "classifier" else 10))]
     # {rain} {rain, jpeg} ...: stages 1 to 6, one period each; then all of them for four.
@@ -233,7 +236,8 @@ def task_of(tasks, t, i, batch):
 def sample(source, tasks, crop, batch, key):
     """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
 
-    source: ImageCache or ImageFiles. crop: edge in pixels. key: (seed, stage, t, i).
+    source: {"photos": ImageCache or ImageFiles, and perhaps a task: images of --pairs}.
+    crop: edge in pixels. key: (seed, stage, t, i).
     """
     seed, stage, t, i = key
     g = seeded(*key)
@@ -243,16 +247,22 @@ def sample(source, tasks, crop, batch, key):
 
     task = task_of(tasks, t, i, batch)
     # Without a cache, `share` samples in a row come from one image, which is decoded once.
+    source = source[task] if task in source else source["photos"]
     chooser = seeded(seed, stage, "image", (t * batch + i) // source.share)
     k = int(torch.randint(len(source), (1,), generator=chooser))
     h, w = source.size(k)
     edge = crop + MARGIN
+    if task == "none":
+        return clean_sample(source, k, edge, below)
     top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
     item = {"task": task,
             "canvas": source.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
             "offset": (16 + below(16), 16 + below(16)),
-            "turn": below(8),                                           # of flips and rotations
-            "drawn": draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))}
+            "turn": below(8)}                                           # of flips and rotations
+    if len(item["canvas"]) == 6:                                        # one of --pairs: GT, LQ
+        item["canvas"], item["lq"] = item["canvas"].split(3)
+        return item
+    item["drawn"] = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
     if task == "haze":
         depth = source.depth(k)                                                 # (1,1,h,w)
         if depth is None:
@@ -265,12 +275,33 @@ def sample(source, tasks, crop, batch, key):
     return item
 
 
+def clean_sample(source, k, edge, below):
+    """A sample of an image that nobody damaged, for a classifier that must not see damage in it: in
+    turn as it is, as a good JPEG (quality 85 to 98), and reduced in size (to 0.5 to 1).
+    below(n): a random integer, 0 .. n - 1. Not in the paper, whose classifier knows no "none"."""
+    kind, large, quality = below(3), edge, 0
+    if kind == 1:
+        quality = 85 + below(14)
+    if kind == 2:
+        large = edge + below(edge + 1)
+    h, w = source.size(k)
+    large = max(min(large, h, w), edge)            # no larger than the image
+    top, left = below(max(h - large, 0) + 1), below(max(w - large, 0) + 1)
+    canvas = source.crop(k, top, left, large)
+    if large > edge:
+        canvas = F.interpolate(canvas[None].float(), (edge, edge), mode="bicubic", antialias=True)
+        canvas = canvas[0].round().clamp(0, 255).byte()
+    return {"task": "none", "canvas": canvas, "offset": (16 + below(16), 16 + below(16)),
+            "turn": below(8), "drawn": {"quality": torch.tensor([float(quality)])}}
+
+
 def make_batch(samples, crop, device):
-    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS."""
+    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS,
+    len(TASKS) for "none"."""
     canvas = torch.stack([s["canvas"] for s in samples])                        # (N,3,edge,edge)
     canvas = canvas.to(device, non_blocking=True).float() / 255
     degraded = torch.empty_like(canvas)
-    for task in TASKS:                                         # all images of a task at once
+    for task in (*TASKS, "none"):                              # all images of a task at once
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         if rows:
             degraded[rows] = degrade_group(canvas[rows], task, [samples[i] for i in rows])
@@ -281,7 +312,7 @@ def make_batch(samples, crop, device):
         pair = turned(pair, s["turn"])
         lq.append(pair[:3])
         gt.append(pair[3:])
-    task = torch.tensor([TASKS.index(s["task"]) for s in samples], device=device)
+    task = torch.tensor([(*TASKS, "none").index(s["task"]) for s in samples], device=device)
     return torch.stack(lq), torch.stack(gt), task
 
 
@@ -290,8 +321,13 @@ def degrade_group(canvas, task, samples):
     Rain is cut from a larger field, whose brightest spot gets RAIN_PEAK, not 1: a whole image is
     larger still, and its one brightest spot makes all others darker."""
     drawn = {}
-    for name in samples[0]["drawn"]:
+    for name in samples[0].get("drawn", ()):
         drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
+    if "lq" in samples[0]:
+        return torch.stack([s["lq"] for s in samples]).to(canvas.device).float() / 255
+    if task == "none":
+        quality = drawn["quality"].to(canvas.device)[:, None, None, None]
+        return torch.where(quality > 0, jpeg(canvas, drawn["quality"].clamp_min(1)), canvas)
     if task != "haze":
         return apply(canvas, task, drawn, peak=RAIN_PEAK)
     depth = torch.cat([s["depth"] for s in samples]).to(canvas.device)          # (n,1,edge,edge)
@@ -337,8 +373,10 @@ def batches(run, source, machine):
     for t in ahead:
         try:
             parts = next(loader)
-        except (ValueError, OSError) as error:     # a worker's comes with its traceback; the last
-            reason = str(error).splitlines()[-1]   # line says what happened
+        except (ValueError, OSError, RuntimeError) as error:
+            # A worker's error comes with its traceback, of which the last line says what happened;
+            # a worker that was killed (out of memory, often) is a RuntimeError of the loader.
+            reason = str(error).splitlines()[-1]
             raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {reason}; "
                              f"{run.last_good()}") from None
         yield t, list(zip(machine.share(run.recipe["batch"]), parts))
@@ -469,7 +507,19 @@ class Args:
     depth: str = option(None, "depth maps of the photos, matched by name, for haze", metavar="DIR")
     leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
+    pairs: list = option(None, "folders of degraded and of true photos, matched by name, to train "
+                         "on in place of what degrade.py makes", nargs=2, metavar=("LQ", "GT"))
+    pairs_as: str = option(None, "which task --pairs are of (default: the only one of --order)",
+                           choices=TASKS)
+    # Numbers of the recipe, for a run of one's own.
     period: int = option(None, "iterations of a cosine period (default: by preset)")
+    lr: float = option(None, "learning rate at a period's start (default: by preset)")
+    batch: int = option(None, "crops of an iteration, over all processes (default: by preset)")
+    crop: int = option(None, "edge of a crop in pixels (default: by preset)")
+    init: str = option(None, "start from these weights, of train.py or published: fine-tuning",
+                       metavar="CKPT")
+    init_weights: str = option("raw", "which of them: raw or ema", choices=("raw", "ema"))
+    prompts: str = option(None, "type7.npy, where --init is a published 'ep' model", metavar="NPY")
     # Where results go, and going on.
     seed: int = option(0, "of weights, images, crops and degradations")
     out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
@@ -492,7 +542,8 @@ class Args:
     @property
     def recipe(self):
         """See recipe_of."""
-        return recipe_of(self.arch, self.preset, self.period)
+        own = {key: getattr(self, key) for key in ("period", "lr", "batch", "crop")}
+        return recipe_of(self.arch, self.preset, own)
 
     @property
     def name(self):
@@ -500,7 +551,8 @@ class Args:
         if self.arch == "classifier":
             return f"classifier-{self.preset}"
         schedule = "seq" if self.seq else "mixed"
-        return f"{self.arch}-{schedule}-{self.prompt or 'plain'}-{self.preset}"
+        order = f"-{self.order}" if self.order else ""
+        return f"{self.arch}-{schedule}{order}-{self.prompt or 'plain'}-{self.preset}"
 
 
 def parse(argv):
@@ -510,7 +562,7 @@ def parse(argv):
         if f.type is bool:
             kind = dict(action="store_true")
         else:
-            kind = dict(type=int if f.type is int else str, default=f.default)
+            kind = dict(type=str if f.type is list else f.type, default=f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     if args.arch == "promptir" and args.prompt:
@@ -520,7 +572,15 @@ def parse(argv):
     if args.precision not in ("fp32", "tf32conv", "tf32", "bf16"):
         parser.error(f"--precision {args.precision}: choose fp32, tf32conv, tf32 or bf16; fp16 is "
                      "not offered, as SwinIR's activations overflow it")
-    least = dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0)
+    if args.pairs and not args.pairs_as:
+        if len(args.order or "") != 1:
+            parser.error("--pairs: of which task are they? Add --pairs-as TASK, or train on it "
+                         "alone with --order and its letter")
+        args.pairs_as = LETTERS.get(args.order, "")
+    if args.pairs_as and not args.pairs:
+        parser.error("--pairs-as says what --pairs are; add --pairs LQ GT")
+    least = dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0, batch=1,
+                 crop=16, lr=1e-9)
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -532,8 +592,8 @@ def parse(argv):
 def plan(args):
     """The recipe in two lines and the schedule as a table: what --print-plan shows."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
-    rows, total = [], 0
-    for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"]), 1):
+    rows, total, none = [], 0, r["sizes"].get("none", False)
+    for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"], none), 1):
         rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
                  for t in (1, stage.iterations // 2, stage.iterations)]
         rows.append([k, " ".join(stage.tasks), stage.iterations,
@@ -562,7 +622,12 @@ class Run:
 
     def __init__(self, args, device, leads=True):
         self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
-        self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"])
+        begun = None
+        if args.init:
+            begun = read_init(args)
+            self.recipe["sizes"] = begun[1]["sizes"]       # the model is what the file holds
+        self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"],
+                             self.recipe["sizes"].get("none", False))
         # The start depends on the seed alone, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):                # leaves the caller's generator alone
             torch.manual_seed(args.seed)
@@ -573,6 +638,8 @@ class Run:
         self.model = model.to(device)
         if args.prompt == "ep" and "prompts" in self.recipe:
             self.model.prompts.copy_(self.recipe["prompts"]())
+        if begun:
+            self.model.load_state_dict(begun[0].state_dict())
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.stage, self.iteration = 0, 0
         self.table = []
@@ -593,7 +660,8 @@ class Run:
         self.facts = {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed,
                       "order": [list(stage.tasks) for stage in self.stages],
                       "periods": [list(stage.periods) for stage in self.stages],
-                      "data": data, **{key: self.recipe[key] for key in kept}}
+                      "data": data, "pairs": self.args.pairs_as,
+                      **{key: self.recipe[key] for key in kept}}
 
     def save(self, keep=None):
         """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name for
@@ -602,6 +670,8 @@ class Run:
         """
         if not self.leads:
             return
+        if not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            raise ValueError(f"the weights are no longer finite; not saved; {self.last_good()}")
         last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
         state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt,
                  "sizes": self.recipe["sizes"], "facts": self.facts, "table": self.table,
@@ -626,7 +696,7 @@ class Run:
     def last_good(self):
         """What to go on from after a fault, in words."""
         for path in checkpoints(self.out):
-            return f"{path} is unharmed; make room and add --resume"
+            return f"{path} is unharmed; when the cause is mended, add --resume"
         return "no checkpoint was written yet"
 
     def load(self, say):
@@ -636,7 +706,9 @@ class Run:
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 facts = saved["facts"]
-                break
+                if all(value.isfinite().all() for value in saved["raw"].values()):
+                    break
+                say(f"{path} holds numbers that are not finite; trying the one before")
             except Exception as error:                   # torch raises a dozen kinds for torn files
                 say(f"{path} is torn ({str(error).splitlines()[0][:80]}); trying the one before")
         else:
@@ -653,9 +725,23 @@ class Run:
         say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
 
 
+def read_init(args):
+    """(model, info) of --init. Refuses another arch or prompt: their weights would not fit."""
+    prompts = None
+    if args.prompts:
+        prompts = np.load(args.prompts, allow_pickle=False)
+    model, info = load_model(args.init, args.init_weights, prompts=prompts)
+    if (info["arch"], info["prompt"]) != (args.arch, args.prompt):
+        flags = f"--arch {info['arch']}" + (f" --prompt {info['prompt']}" if info["prompt"] else "")
+        raise ValueError(f"--init {args.init} holds another model; train it with {flags}")
+    return model, info
+
+
 def checkpoints(out):
-    """What a run can go on from, newest first; previous.pt is for a torn last.pt."""
-    return [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+    """What a run can go on from, newest first; previous.pt and the stages' ends are for a last.pt
+    that is torn or not finite."""
+    stages = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in (out / "last.pt", out / "previous.pt", *stages) if path.exists()]
 
 
 def copy_or_link(source, target):
@@ -687,9 +773,36 @@ def open_images(args, say):
         count, edge = recipe["leaves"]
         items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
+    folder, kind = args.cache or out / "cache", ImageCache
     if args.cache == "none":
-        return ImageFiles(out, items, recipe["crop"], say)
-    return ImageCache(args.cache or out / "cache", items, recipe["crop"], say)
+        folder, kind = out, ImageFiles
+    source = {}
+    if args.pairs:
+        pairs = pair_items(match_pairs(Path(args.pairs[0]), Path(args.pairs[1])))
+        source[args.pairs_as] = kind(folder, pairs, recipe["crop"], say)
+        if args.order and LETTERS.get(args.order) == args.pairs_as:       # nothing else is needed
+            items = []
+    if items:
+        source["photos"] = kind(folder, items, recipe["crop"], say)
+    return source
+
+
+def pair_items(pairs):
+    """Items of an ImageCache for [(LQ file, GT file), ...]: images of six channels, GT then LQ, so
+    that a crop of both is one crop. Named as photos are, so that a changed file is read anew."""
+    items = []
+    for lq, gt in pairs:
+        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in (lq, gt)]
+        size, fingerprint = facts[0][1] + facts[1][1], f"{seeded(*facts).initial_seed():016x}"
+        items.append((f"pair-{lq.stem[:40]}-{size}-{fingerprint}", _make_pair, (lq, gt)))
+    return items
+
+
+def _make_pair(lq, gt):
+    pair = read_image(gt), read_image(lq)
+    if pair[0].shape != pair[1].shape:
+        raise ValueError(f"{lq} and {gt} are not of one size")
+    return np.concatenate(pair, 2), None                                        # (H,W,6) of uint8
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
@@ -831,7 +944,7 @@ class Log:
         self.speaks = run.leads
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
         self.total = sum(stage.iterations for stage in run.stages)
-        self.losses = {task: [] for task in TASKS}
+        self.losses = {task: [] for task in (*TASKS, "none")}
         self.iterations = 0                        # of this session: a resumed run counts anew
         self.start, self.idle = time.monotonic(), 0.0       # idle: seconds spent validating
         # Ctrl-C and `kill` ask: the loop ends its iteration, saves, and says how to go on.
@@ -883,7 +996,7 @@ class Log:
         """One line about the iterations since the last one."""
         means = {task: round(sum(values) / len(values), 5)
                  for task, values in self.losses.items() if values}
-        self.losses = {task: [] for task in TASKS}
+        self.losses = {task: [] for task in (*TASKS, "none")}
         losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
         images = self.rate() * run.recipe["batch"]
         self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | "
@@ -895,11 +1008,16 @@ class Log:
 
 
 def peak_memory(device):
-    """GB: of the GPU if one is used, else of this process."""
+    """In words: of the GPU if one is used, else of this process, where the system tells (Windows
+    does not have the module)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+    try:
+        import resource
+    except ImportError:
+        return "unknown"
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
 
 
 def show_table(run, log):
@@ -908,38 +1026,58 @@ def show_table(run, log):
     if not run.leads:
         return
     unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
+    names = list(run.table[0][1])                          # TASKS, and "none" of a classifier
     rows = []
     for name, scores in run.table:
-        numbers = [scores[task] for task in TASKS]
+        numbers = [scores[task] for task in names]
         rows.append((name, [*numbers, float(np.mean(numbers))]))
-    text = markdown([f"{unit} after", *TASKS, "mean"], [[name, *cells] for name, cells in rows])
+    text = markdown([f"{unit} after", *names, "mean"], [[name, *cells] for name, cells in rows])
     (run.out / "table.md").write_text(text + "\n")
-    trained = {(i, TASKS.index(task)) for i, stage in enumerate(run.stages, 1)
+    trained = {(i, names.index(task)) for i, stage in enumerate(run.stages, 1)
                for task in stage.tasks}
     title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
-    matrix_picture(run.out / "table.png", title, [*TASKS, "mean"], rows, trained)
+    matrix_picture(run.out / "table.png", title, [*names, "mean"], rows, trained)
     curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl")
     log.say(text)
 
 
+# Seconds that a crop of 128 x 128 takes in training with the paper's sizes on two cores of a Xeon
+# (tests/bench.py networks, 25 November 2026): for a warning, so rough numbers do.
+_CPU_SECONDS = {"srresnet": 0.5, "swinir": 7, "restormer": 2.2, "uformer": 0.9, "promptir": 2.6}
+
+
+def expectation(args, machine):
+    """What somebody should know who starts the paper's recipe on a CPU, perhaps unaware."""
+    if machine.device.type != "cpu" or args.preset != "paper" or args.arch not in _CPU_SECONDS:
+        return ""
+    recipe = args.recipe
+    plan = stages(args.arch, args.seq, args.order, recipe["period"])
+    seconds = sum(stage.iterations for stage in plan) * recipe["batch"] * _CPU_SECONDS[args.arch]
+    return (f"\n\non this CPU that takes about {seconds / 86400:,.0f} days; "
+            "--preset demo takes minutes, --preset hours some hours, --preset smoke seconds")
+
+
 def announce(run, source, machine, say):
-    """The first lines: where, on what, and what will run."""
+    """After the plan: where, and on what."""
     where = f"cpu, {torch.get_num_threads()} threads"
     if machine.device.type == "cuda":
         where = torch.cuda.get_device_name(machine.device)
     parameters = sum(p.numel() for p in run.model.parameters())
+    images = sum(len(images) for images in source.values())
     say(f"on {where}, {machine.world} process(es), {run.args.precision}: {parameters:,} "
-        f"parameters, crops from {len(source)} images")
-    say(plan(run.args))
+        f"parameters, crops from {images} images")
 
 
 def stopped(run, log):
     """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown. Exits
     with 128 + the signal's number, as shells expect."""
     run.save()
-    again = " ".join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+    again = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+    start = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:        # torchrun started this process
+        start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
     log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
-            f"To go on:\n  python {again}")
+            f"To go on:\n  {start} {again}")
     sys.exit(128 + (log.stop or signal.SIGTERM))
 
 
@@ -953,7 +1091,7 @@ def finish(run, pairs, log, machine):
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
     log.say(f"done in {clock(time.monotonic() - log.start)}, "
             f"{log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
-            f"{peak_memory(machine.device):.1f} GB; {run.out} holds last.pt, log and pictures\n"
+            f"{peak_memory(machine.device)}; {run.out} holds last.pt, log and pictures\n"
             f"next: python eval.py {run.out}/last.pt")
 
 
@@ -963,12 +1101,14 @@ def train(args):
         return print(plan(args))
     machine = Machine(args)
     leads = machine.rank == 0
+    if leads:
+        print(plan(args) + expectation(args, machine), flush=True)
     source = open_images(args, print) if leads else None            # one decodes, others wait
     if machine.world > 1:
         dist.barrier()
         source = source or open_images(args, lambda text: None)
     run = Run(args, machine.device, leads)
-    run.identify(source.identity)
+    run.identify("; ".join(images.identity for images in source.values()))
     net = machine.wrap(run.model)
     log = Log(run)
     try:
@@ -988,6 +1128,15 @@ def main(argv=None):
         train(args)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
+                     "--checkpointing, --batch or --crop")
+        if args.compile:
+            sys.exit(f"train.py: --compile failed ({reason}); it needs a C++ compiler on a CPU, "
+                     "Triton on a GPU; leave it out")
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -263,7 +263,7 @@ def data(args, device):
         rows = []
         for tasks in (*((task,) for task in TASKS), TASKS):
             start = time.perf_counter()
-            samples = [train.sample(cache, tasks, 128, 128, (0, 0, 0, i)) for i in range(128)]
+            samples = [train.sample({"photos": cache}, tasks, 128, 128, (0, 0, 0, i)) for i in range(128)]
             middle = time.perf_counter()
             train.make_batch(samples, 128, device)
             end = time.perf_counter()

@@ -32,7 +32,7 @@ class Flat:
 
 
 def test_a_sample_depends_on_seed_stage_iteration_and_number_alone():
-    one = lambda *key: train.sample(Flat(), TASKS, 64, 8, key)
+    one = lambda *key: train.sample({"photos": Flat()}, TASKS, 64, 8, key)
     assert torch.equal(one(0, 1, 2, 3)["canvas"], one(0, 1, 2, 3)["canvas"])
     for other in ((1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)):
         assert not torch.equal(one(0, 1, 2, 3)["canvas"], one(*other)["canvas"])
@@ -40,12 +40,12 @@ def test_a_sample_depends_on_seed_stage_iteration_and_number_alone():
 
 def test_every_task_is_seen_equally_often():
     tasks = ("rain", "jpeg", "blur")
-    seen = [train.sample(Flat(), tasks, 64, 8, (0, 0, t, i))["task"] for t in range(6) for i in range(8)]
+    seen = [train.sample({"photos": Flat()}, tasks, 64, 8, (0, 0, t, i))["task"] for t in range(6) for i in range(8)]
     assert {seen.count(task) for task in tasks} == {16}
 
 
 def test_a_batch_holds_aligned_pairs_whatever_the_turn():
-    samples = [train.sample(Flat(), ("dark",), 64, 32, (0, 0, 0, i)) for i in range(32)]
+    samples = [train.sample({"photos": Flat()}, ("dark",), 64, 32, (0, 0, 0, i)) for i in range(32)]
     for s in samples:
         s["drawn"]["gamma"] = torch.ones(1)                             # degrades nothing
     assert {s["turn"] for s in samples} == set(range(8))
@@ -58,7 +58,7 @@ def test_a_batch_holds_aligned_pairs_whatever_the_turn():
 
 def test_jpegs_grid_falls_everywhere_in_the_training_crops():
     """Chi-square over the 16 offsets of the chroma grid (8 of the luma grid), both axes."""
-    offsets = np.array([train.sample(Flat(), ("jpeg",), 64, 2000, (0, 0, 0, i))["offset"] for i in range(2000)])
+    offsets = np.array([train.sample({"photos": Flat()}, ("jpeg",), 64, 2000, (0, 0, 0, i))["offset"] for i in range(2000)])
     for period, bound in ((16, 37.7), (8, 24.3)):                       # 0.1 % points for 15 and 7
         for axis in (0, 1):
             counts = np.bincount(offsets[:, axis] % period, minlength=period)
@@ -68,7 +68,7 @@ def test_jpegs_grid_falls_everywhere_in_the_training_crops():
 def test_the_crops_border_has_been_degraded_like_its_middle():
     """Blur and JPEG of the training crop equal those of the whole image, cut out."""
     whole = Flat().image[None].float() / 255
-    s = train.sample(Flat(), ("blur",), 64, 8, (0, 0, 0, 5))
+    s = train.sample({"photos": Flat()}, ("blur",), 64, 8, (0, 0, 0, 5))
     s["turn"] = 0
     lq, gt, _ = train.make_batch([s], 64, "cpu")
     degraded = d.apply(whole, "blur", s["drawn"])
@@ -82,7 +82,7 @@ def test_rain_of_training_crops_is_as_bright_as_on_whole_images():
     """Mean within 5 % and deviation within 10 % of 2040 x 1356 images' (0.0645 and 0.095)."""
     layers = []
     for start in range(0, 600, 60):
-        samples = [train.sample(Flat(value=0), ("rain",), 128, 600, (0, 0, 0, i)) for i in range(start, start + 60)]
+        samples = [train.sample({"photos": Flat(value=0)}, ("rain",), 128, 600, (0, 0, 0, i)) for i in range(start, start + 60)]
         layers.append(train.make_batch(samples, 128, "cpu")[0][:, 0])
     layers = torch.cat(layers)
     assert abs(layers.mean() / 0.0645 - 1) < 0.05
@@ -90,6 +90,6 @@ def test_rain_of_training_crops_is_as_bright_as_on_whole_images():
 
 
 def test_a_training_batch_is_device_clean():
-    samples = [train.sample(Flat(), TASKS, 64, 14, (0, 0, 0, i)) for i in range(14)]
+    samples = [train.sample({"photos": Flat()}, TASKS, 64, 14, (0, 0, 0, i)) for i in range(14)]
     lq, gt, task = train.make_batch(samples, 64, "meta")
     assert lq.is_meta and gt.is_meta and task.is_meta

@@ -184,7 +184,7 @@ def test_without_a_cache_the_files_are_read_and_nothing_is_stored(tmp_path, caps
     Image.new("RGB", (20, 20)).save(tmp_path / "photos" / "small.png")
     argv = ["--arch", "srresnet", "--preset", "smoke", "--data", str(tmp_path / "photos"), "--cache", "none",
             "--out", str(tmp_path / "out")]
-    source = train.open_images(train.parse(argv), print)
+    source = train.open_images(train.parse(argv), print)["photos"]
     assert source.size(0) == source.image(0).shape[:2] == (130, 60)
     run(*argv)
     said = capsys.readouterr().out
@@ -246,3 +246,91 @@ def test_a_run_goes_on_when_its_photos_have_moved_but_not_when_they_have_changed
     Image.fromarray(pixels // 2).save(there / "b.png")
     with pytest.raises(SystemExit, match="data: 2 images, fingerprint .* then, 2 images"):
         run(*argv, there, "--resume")
+
+
+# A run of one's own ---------------------------------------------------------------------------------
+
+def test_own_numbers_override_the_recipe_are_shown_stored_and_checked(tmp_path, capsys, tiny):
+    argv = ["--arch", "srresnet", "--order", "nj", "--preset", "smoke", "--lr", "0.003", "--batch", "6", "--crop", "40"]
+    run(*argv, "--print-plan")
+    said = capsys.readouterr().out
+    assert "lr 0.003" in said and "total batch 6, crop 40" in said and "srresnet-mixed-nj-plain-smoke" in said
+    run(*argv, "--out", tmp_path / "out")
+    facts = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["facts"]
+    assert (facts["lr"], facts["batch"], facts["crop"]) == (0.003, 6, 40)
+    with pytest.raises(SystemExit, match="lr: 0.003 then, 0.0002 now"):
+        run(*argv[:6], "--batch", 6, "--crop", 40, "--out", tmp_path / "out", "--resume")
+
+
+def test_fine_tuning_starts_from_the_weights_and_sizes_of_a_checkpoint(finished, tmp_path, tiny):
+    saved = torch.load(finished / "last.pt", weights_only=True)
+    for which in ("raw", "ema"):
+        args = train.parse(["--arch", "restormer", "--prompt", "--preset", "demo", "--init", str(finished / "last.pt"),
+                            "--init-weights", which, "--out", str(tmp_path)])
+        begun = train.Run(args, torch.device("cpu"))
+        for model in (begun.model, begun.ema):
+            assert all(torch.equal(value, saved[which][name]) for name, value in model.state_dict().items())
+    for argv in (["--arch", "srresnet", "--prompt"], ["--arch", "restormer"]):
+        with pytest.raises(SystemExit, match="holds another model; train it with --arch restormer --prompt ep"):
+            run(*argv, "--preset", "smoke", "--init", finished / "last.pt", "--out", tmp_path / "out")
+    run("--arch", "restormer", "--prompt", "--order", "n", "--preset", "smoke", "--init", finished / "last.pt", "--out", tmp_path / "out")
+    assert mioir.load_model(tmp_path / "out" / "last.pt")[1]["sizes"] == saved["sizes"]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Folders LQ and GT of three pictures each; an LQ is its GT inverted, and says so in its name."""
+    random = np.random.default_rng(0)
+    for name in "abc":
+        gt = random.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        for folder, pixels, suffix in (("GT", gt, ""), ("LQ", 255 - gt, "_bad")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name}{suffix}.png")
+    return tmp_path / "LQ", tmp_path / "GT"
+
+
+def test_ones_own_pairs_take_the_place_of_a_task(pairs, tmp_path, tiny):
+    alone = ["--arch", "srresnet", "--preset", "smoke", "--order", "n", "--pairs", *pairs, "--out", tmp_path / "alone"]
+    source = train.open_images(train.parse([str(a) for a in alone]), print)
+    assert set(source) == {"noise"} and len(source["noise"]) == 3
+    samples = [train.sample(source, ("noise",), 32, 8, (0, 0, 0, i)) for i in range(8)]
+    lq, gt, task = train.make_batch(samples, 32, "cpu")
+    assert torch.allclose(lq + gt, torch.ones_like(lq)) and gt.std() > 0.2 and (task == TASKS.index("noise")).all()
+    run(*alone)
+    run("--arch", "srresnet", "--preset", "smoke", "--order", "nj", "--seq", "--pairs", *pairs, "--pairs-as", "noise",
+        "--out", tmp_path / "mixed")
+    with pytest.raises(SystemExit, match="--pairs-as TASK"):
+        run("--arch", "srresnet", "--preset", "smoke", "--pairs", *pairs, "--out", tmp_path / "unnamed")
+
+
+def test_the_papers_recipe_on_a_cpu_says_at_once_what_it_takes(tmp_path, monkeypatch, capsys):
+    def not_yet(*a):
+        raise ValueError("images come later")
+    monkeypatch.setattr(train, "open_images", not_yet)
+    with pytest.raises(SystemExit):
+        run("--device", "cpu", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "total: 1000000 iterations" in said and "days" in said and "--preset demo" in said
+
+
+def test_the_command_that_goes_on_is_quoted_and_torchruns_where_it_started(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", "my runs/one", "--resume"])
+    stopping = types.SimpleNamespace(save=lambda: None, stage=0, iteration=3)
+    log = types.SimpleNamespace(say=print, stop=2)
+    for environment, start in (({}, "python"), ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"},
+                                                "torchrun --nproc_per_node 2")):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            train.stopped(stopping, log)
+        assert capsys.readouterr().out.splitlines()[-1] == f"  {start} train.py --out 'my runs/one' --resume"
+
+
+def test_clean_samples_of_the_classifier_are_kept_as_they_are_or_nearly_so():
+    """In turn untouched, a JPEG of high quality, and reduced in size; never as bad as the task jpeg."""
+    from test_batches import Flat
+    samples = [train.sample({"photos": Flat()}, ("none",), 64, 30, (0, 0, 0, i)) for i in range(30)]
+    lq, gt, task = train.make_batch(samples, 64, "cpu")
+    assert (task == len(TASKS)).all() and lq.shape == (30, 3, 64, 64)
+    untouched = (lq == gt).flatten(1).all(1)
+    assert 10 <= untouched.sum() < 30 and (lq - gt).abs().mean() < 0.01
