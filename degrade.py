@@ -653,8 +653,7 @@ def dead_leaves(height, width, generator):
 
 # ---- Image files ---------------------------------------------------------------------------------
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff",
-            ".ppm", ".pgm", ".tga")
+SUFFIXES = ".png .jpg .jpeg .jfif .webp .avif .gif .bmp .tif .tiff .ppm .pgm .tga".split()
 
 
 def _to_8_bits(image, notes):
@@ -666,8 +665,8 @@ def _to_8_bits(image, notes):
     notes.append(f"read as 8 bits, white is {white}")
     if not ((values >= 0) & (values <= white)).all():                 # nor is NaN
         notes.append(f"clipped to 0..{white}, as some numbers are not")
-    grey = np.clip(np.nan_to_num(values) / white * 255 + 0.5, 0, 255).astype(np.uint8)
-    grey = Image.fromarray(grey)
+    values = np.nan_to_num(values)
+    grey = Image.fromarray(np.clip(values / white * 255 + 0.5, 0, 255).astype(np.uint8))
     clear = image.info.pop("transparency", None)                      # the one value that is clear
     if clear is not None:
         grey.putalpha(Image.fromarray(np.uint8(values != clear) * np.uint8(255)))
@@ -686,7 +685,8 @@ def _decode(image):
         notes.append("the first of its frames")
     # Of 16-bit colour Pillow keeps 8 bits and says "RGB"; what it tells its decoder betrays it, as
     # "RGB;16B" or, for PPM, ("RGB", 65535).
-    deep = any(mark in str(image.tile) for mark in (";16", "65535"))
+    told = " ".join(str(tile.args) for tile in image.tile)
+    deep = ";16" in told or ", 65535)" in told
     image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         image = _to_8_bits(image, notes)
@@ -769,7 +769,10 @@ def _say_aside(text):
 
 def _files_below(folder, entered):
     """All files below a folder, sorted, but hidden ones. Folders that are links are entered, too,
-    but each real folder once, so that links in a circle end; entered: the set of those."""
+    but each real folder once, so that links in a circle end; entered: the set of those. Raises
+    ValueError for a missing folder."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -785,8 +788,6 @@ def list_images(folders, say=_say_aside):
     ValueError for no images or a missing folder."""
     files, others, entered = [], [], set()
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder; give a folder that holds images")
         for path in _files_below(folder, entered):
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 files.append(path)
@@ -835,28 +836,23 @@ def find_depths(folders, depth_folder, say=_say_aside):
     files = list_images(folders, say)
     if depth_folder is None:
         return dict.fromkeys(files)
-    if not Path(depth_folder).is_dir():
-        raise ValueError(f"{depth_folder}: no such folder; --depth takes a folder of depth maps")
     maps = {}                                          # by path, a Path, and by stem, a str
     for path in _files_below(depth_folder, set()):
         if path.suffix.lower() in (".npy", ".png", ".mat"):
             for key in (path.relative_to(depth_folder).with_suffix(""), path.stem):
                 maps.setdefault(key, []).append(path)
-    users, missing = {}, []
+    users = {}
     for path in files:
         folder = next(folder for folder in folders if path.is_relative_to(folder))
         below = path.relative_to(folder).with_suffix("")
         fits = maps.get(below) or maps.get(Path(folder).name / below) or maps.get(path.stem)
         if fits is None:
-            missing.append(path.name)
-            continue
+            raise ValueError(f"{depth_folder}: no depth map for {path.name} ({path})")
         users.setdefault(fits[0], []).append(path)
         for rivals in (fits, users[fits[0]]):          # two maps for an image; two images for a map
             if len(rivals) > 1:
                 raise ValueError(f"--depth {depth_folder}: {rivals[0]} and {rivals[1]} have the "
                                  "same name; give each map its image's path below its folder")
-    if missing:
-        raise ValueError(f"{depth_folder}: no depth map for {missing[0]} ({len(missing)} lack one)")
     return {path: depth for depth, (path,) in users.items()}
 
 
