@@ -441,15 +441,65 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
 # The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
 # needs no download, but its haze is smoother than theirs.
 
-def depth_prior(height, width, generator=None):
+def prior_knots(generator=None):
     """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
 
-    Returns (1,1,H,W) in (0,1]. Its maximum counts as 1 wherever the image is cropped.
+    Returns (1,1,8,8) in (0,1]: knots spread evenly over the image, from corner to corner.
     """
     down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
     knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
-    knots = (knots / knots.max()).clamp_min(0.05)
-    return F.interpolate(knots[None, None], (height, width), mode="bilinear", align_corners=True)
+    return (knots / knots.max()).clamp_min(0.05)[None, None]
+
+
+def depth_prior(height, width, generator=None):
+    """The same for every pixel: (1,1,H,W). Its maximum counts as 1 wherever the image is cropped.
+    """
+    knots = prior_knots(generator)
+    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
+
+
+# A training crop needs a small part of the enlarged depth, and the maximum of all of it. What
+# follows computes just that, so that a crop from a large photo takes no longer.
+
+def _pixels_among(knots, pixels, corners):
+    """Where each of `pixels` lies on the axis 0 .. knots - 1: (pixels,). As F.interpolate does, it
+    rounds the scale to float32, then the result: exact places would change depth by up to 3e-5."""
+    at = torch.arange(pixels, dtype=torch.float64)
+    if corners:                                    # the first and the last pixel lie on knots
+        return (at * float(np.float32((knots - 1) / max(pixels - 1, 1)))).float()
+    return ((at + 0.5) * float(np.float32(knots / pixels)) - 0.5).clamp_min(0).float()
+
+
+def _between(depth, y, x):
+    """Bilinear: depth (h,w) at rows y and columns x, which may be fractions: (len(y),len(x))."""
+    for axis, at in enumerate((y, x)):
+        low = at.long()
+        high = (low + 1).clamp_max(depth.shape[axis] - 1)
+        share = (at - low).unsqueeze(1 - axis)                           # (len(y),1) or (1,len(x))
+        depth = torch.lerp(depth.index_select(axis, low), depth.index_select(axis, high), share)
+    return depth
+
+
+def _outermost(at):
+    """Of the pixels of each cell, from a knot to the next, the first and the last."""
+    start = at.floor().diff() > 0                  # whether a cell ends and the next one starts
+    yes = start.new_ones(1)
+    return at[torch.cat((yes, start)) | torch.cat((start, yes))]
+
+
+def enlarged_crop(depth, size, top, left, edge, corners=False):
+    """A part of F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the
+    rest: rows top .. top + edge - 1, columns likewise, less where `size` ends; (1,1,edge,edge). And
+    the maximum of the WHOLE, (1,). depth: (1,1,h,w).
+
+    Within a cell, four knots, the surface is straight along either axis. So the highest pixel is
+    one of the four outermost: at most 4 h w to look at, however large the image is.
+    """
+    y = _pixels_among(depth.shape[2], size[0], corners)
+    x = _pixels_among(depth.shape[3], size[1], corners)
+    crop = _between(depth[0, 0], y[top:top + edge], x[left:left + edge])
+    highest = _between(depth[0, 0], _outermost(y), _outermost(x)).amax()
+    return crop[None, None], highest[None]
 
 
 def degrade(x, task, split="in", depth=None, generator=None):
@@ -603,36 +653,52 @@ def dead_leaves(height, width, generator):
 
 # ---- Image files ---------------------------------------------------------------------------------
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# What Pillow raises for files that are torn, forged or not images at all.
-_FAULTS = (OSError, ValueError, SyntaxError, MemoryError, OverflowError, EOFError, TypeError)
+SUFFIXES = ".png .jpg .jpeg .jfif .webp .avif .gif .bmp .tif .tiff .ppm .pgm .tga".split()
 
 
-def _to_8_bits(image):
-    """A 16-bit or floating-point grey image -> 8 bits. Such files do not say what white is: taken
-    are 1, 255 or 65535, the smallest that holds their largest number (1 for "F", float, alone)."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    white = 255.0 if values.max() <= 255 else 65535.0
-    if values.max() <= 1 and image.mode == "F":
-        white = 1.0
+def _to_8_bits(image, notes):
+    """A deep grey image -> 8 bits. White is a matter of the type, never of the numbers, or a dark
+    picture would come out bright: 1 for floats; 65535 for integers, of 32 bits, too, as these
+    mostly hold what a camera or scanner gave in 16."""
+    values = np.asarray(image, dtype=np.float64)
+    white = 1 if image.mode == "F" else 65535
+    notes.append(f"read as 8 bits, white is {white}")
+    if not ((values >= 0) & (values <= white)).all():                 # nor is NaN
+        notes.append(f"clipped to 0..{white}, as some numbers are not")
+    values = np.nan_to_num(values)
     grey = Image.fromarray(np.clip(values / white * 255 + 0.5, 0, 255).astype(np.uint8))
+    clear = image.info.pop("transparency", None)                      # the one value that is clear
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.uint8(values != clear) * np.uint8(255)))
     grey.info = image.info
     return grey
 
 
 def _decode(image):
-    """An opened image -> (the same in memory, upright and in 8 bits, notes on what was changed)."""
+    """An opened image -> (the same in memory, upright and in 8 bits, notes on what was changed).
+    Its mode is 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr: what is transparent has an A."""
     notes = []
     limit = Image.MAX_IMAGE_PIXELS                     # Pillow itself refuses at twice the limit
     if limit and image.width * image.height > limit:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if getattr(image, "n_frames", 1) > 1:
         notes.append("the first of its frames")
+    # Of 16-bit colour Pillow keeps 8 bits and says "RGB"; what it tells its decoder betrays it, as
+    # "RGB;16B" or, for PPM, ("RGB", 65535).
+    told = " ".join(str(tile.args) for tile in image.tile)
+    deep = ";16" in told or ", 65535)" in told
     image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image, notes)
+    elif deep:
         notes.append("read as 8 bits")
-        image = _to_8_bits(image)
+        if "transparency" in image.info:               # a colour of 16 bits, which has become 8
+            image.info["transparency"] = tuple(v >> 8 for v in image.info["transparency"])
     image.load()
+    if image.has_transparency_data:                    # an A, or a colour or palette entry
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+    elif image.mode in ("P", "LAB"):
+        image = image.convert("RGB")                   # LAB's profile gives way to sRGB's
     return image, notes
 
 
@@ -648,14 +714,13 @@ def open_image(path):
         raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
                          "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
                          "(eval.py: --max-pixels N)") from None
-    except _FAULTS as error:
-        raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
+    except Exception as error:     # torn and forged files lead decoders to any kind: no list of
+        reason = " ".join(str(error).split()) or type(error).__name__         # them stays complete
+        raise ValueError(f"{path}: not a readable image ({reason})") from None
 
 
 def to_rgb(image):
     """PIL image -> (H,W,3) uint8; palette, grey and CMYK are converted, alpha is set aside."""
-    if image.mode in ("P", "PA"):                      # a palette may hold alpha: unpack it first
-        image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
 
@@ -681,7 +746,7 @@ def whole_file(path):
     killed or out of disk half-way leaves no torn file behind that would later be taken for whole.
     """
     path = Path(path)
-    name = hashlib.sha256(f"{path.name} {os.getpid()}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((path.name, os.getpid())).encode()).hexdigest()[:16]
     unfinished = path.with_name(f".{name}.tmp")        # short, however long path.name is
     try:
         yield unfinished
@@ -698,16 +763,41 @@ def write_image(path, image):
             Image.fromarray(image).save(unfinished, format="PNG")
 
 
-def list_images(folders):
-    """All images below the folders, sorted. Raises ValueError for no images or a missing folder."""
+def _say_aside(text):
+    print(text, file=sys.stderr)                       # so that a table can be redirected
+
+
+def _files_below(folder, entered):
+    """All files below a folder, sorted, but hidden ones. Folders that are links are entered, too,
+    but each real folder once, so that links in a circle end; entered: the set of those. Raises
+    ValueError for a missing folder."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
     files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in entered)
+        if real not in entered:
+            files += [Path(place, name) for name in names if name[0] != "."]
+        entered.add(real)
+    return sorted(files)
+
+
+def list_images(folders, say=_say_aside):
+    """All images below the folders, sorted; other files are counted and named in one line. Raises
+    ValueError for no images or a missing folder."""
+    files, others, entered = [], [], set()
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder; give a folder that holds images")
-        paths = sorted(Path(folder).rglob("*"))
-        files += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+        for path in _files_below(folder, entered):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                files.append(path)
+            elif path.name.lower() not in ("thumbs.db", "desktop.ini"):       # Windows' own
+                others.append(path.name)
+    names = ", ".join(map(str, folders))
+    if others:
+        say(f"{names}: passed over {len(others)} files that are not read as images, among them "
+            f"{', '.join(others[:5])}")
     if not files:
-        names = ", ".join(map(str, folders))
         raise ValueError(f"{names}: no images; looked for {' '.join(SUFFIXES)}")
     return files
 
@@ -718,9 +808,9 @@ def read_depth(path):
     """Depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, .mat (`data_obj`).
     Raises ValueError with one line that names the file and what is wrong with it."""
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             depth = np.load(path, allow_pickle=False)
-        elif path.suffix == ".mat":
+        elif path.suffix.lower() == ".mat":
             from scipy.io import loadmat               # nothing else here needs SciPy
             depth = loadmat(path)["data_obj"]
         else:
@@ -732,21 +822,38 @@ def read_depth(path):
         return depth
     except ImportError:
         raise ValueError(f"{path}: needs scipy, which is not installed; save it as .npy") from None
-    except (OSError, ValueError, KeyError, SyntaxError) as error:
+    except Exception as error:                         # as in open_image
         raise ValueError(f"{path}: not a readable depth map ({error})") from None
 
 
-def find_depths(files, folder):
-    """{image path: depth map path or None}, matched by file stem."""
-    if folder is None:
+def find_depths(folders, depth_folder, say=_say_aside):
+    """{image path: depth map path or None} for all images below the folders.
+
+    A map is an image's if it has the same path below its folder, but for the ending (or the same
+    with the image folder's name before it), else if it has the same stem. Raises ValueError where
+    an image has no map or might have two, and where two images would share one.
+    """
+    files = list_images(folders, say)
+    if depth_folder is None:
         return dict.fromkeys(files)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such folder; --depth takes a folder of depth maps")
-    maps = {p.stem: p for p in Path(folder).rglob("*") if p.suffix in (".npy", ".png", ".mat")}
-    missing = [path.name for path in files if path.stem not in maps]
-    if missing:
-        raise ValueError(f"{folder}: no depth map for {missing[0]} ({len(missing)} lack one)")
-    return {path: maps[path.stem] for path in files}
+    maps = {}                                          # by path, a Path, and by stem, a str
+    for path in _files_below(depth_folder, set()):
+        if path.suffix.lower() in (".npy", ".png", ".mat"):
+            for key in (path.relative_to(depth_folder).with_suffix(""), path.stem):
+                maps.setdefault(key, []).append(path)
+    users = {}
+    for path in files:
+        folder = next(folder for folder in folders if path.is_relative_to(folder))
+        below = path.relative_to(folder).with_suffix("")
+        fits = maps.get(below) or maps.get(Path(folder).name / below) or maps.get(path.stem)
+        if fits is None:
+            raise ValueError(f"{depth_folder}: no depth map for {path.name} ({path})")
+        users.setdefault(fits[0], []).append(path)
+        for rivals in (fits, users[fits[0]]):          # two maps for an image; two images for a map
+            if len(rivals) > 1:
+                raise ValueError(f"--depth {depth_folder}: {rivals[0]} and {rivals[1]} have the "
+                                 "same name; give each map its image's path below its folder")
+    return {path: depth for depth, (path,) in users.items()}
 
 
 # ---- The cache: decoded images, of which a crop is read without the rest -------------------------
@@ -772,16 +879,17 @@ def _make_photo(path, depth_path):
     return read_image(path), None if depth_path is None else read_depth(depth_path)
 
 
-def photo_items(folders, depth_folder=None):
+def photo_items(folders, depth_folder=None, say=_say_aside):
     """Items: the photos below the folders. A name is stem-size-fingerprint; the fingerprint is of
     path, size and time, so that a changed file is read anew."""
     items = []
-    for path, depth in find_depths(list_images(folders), depth_folder).items():
+    for path, depth in find_depths(folders, depth_folder, say).items():
         files = [path] if depth is None else [path, depth]
         facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         size = sum(f.stat().st_size for f in files)
         fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        items.append((f"{path.stem[:40]}-{size}-{fingerprint}", _make_photo, (path, depth)))
+        stem = path.stem[:40].encode(errors="replace").decode()        # a name that is not UTF-8
+        items.append((f"{stem}-{size}-{fingerprint}", _make_photo, (path, depth)))
     return items
 
 
@@ -795,7 +903,7 @@ def _head_size(maker, arguments):
             if lies and image.format != "TIFF":        # a TIFF's size has been turned by Pillow
                 return image.size
             return image.height, image.width
-    except (*_FAULTS, Image.DecompressionBombError):
+    except Exception:                                  # as in open_image
         return 0, 0                                    # it will be named when it is decoded
 
 
@@ -830,9 +938,12 @@ def _store(maker, arguments, target):
 
 @functools.lru_cache(maxsize=8192)
 def _mapped(path):
-    """An array left on the disk, of which what is used is read. Opening takes longer than reading
-    a crop, so files stay open; mapped, they take no memory."""
-    return np.load(path, mmap_mode="r")
+    """An image left on the disk, of which what is used is read. Mapping takes longer than reading
+    a crop, so files stay mapped, which takes no memory. By torch: numpy keeps each file open, and
+    a process may have 1,024 open files, or fewer, but some 65,000 maps."""
+    head = np.load(path, mmap_mode="r")
+    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+    return whole[head.offset:].view(head.shape).numpy()
 
 
 class ImageCache:
@@ -986,15 +1097,22 @@ def _write_versions(path, name, depth_path, out, split, seed):
     return rows
 
 
+_CSV = {"encoding": "utf-8", "errors": "surrogateescape"}     # a name that is no UTF-8 stays itself
+
+
 def _begin_plan(plan, settings):
     """The first line of params.csv says what its folder holds; the rows follow when all is done.
     Refuses a folder of other test sets."""
-    before = plan.read_text().splitlines()[0] if plan.exists() else settings
+    before = settings
+    if plan.exists():
+        before = plan.read_text(**_CSV).partition("\n")[0]
+    elif (plan.parent / "original").exists():
+        before = "# not written by degrade.py"
     if before != settings:
         raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); "
                          "choose another folder")
     plan.parent.mkdir(parents=True, exist_ok=True)
-    plan.write_text(settings + "\n")
+    plan.write_text(settings + "\n", **_CSV)
 
 
 def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
@@ -1004,7 +1122,7 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     the number of images that could not be read.
     """
     out = Path(out)
-    files = find_depths(list_images([folder]), depth_folder)
+    files = find_depths([folder], depth_folder, say)
     settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
     jobs, names = [], set()
     for path, depth in files.items():
@@ -1026,7 +1144,7 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
         rate = count / (time.monotonic() - start)
         say(f"{count}/{len(files)} {path.name} | {rate:.2f} images/s | "
             f"{time_left(start, count, len(files))}")
-    with whole_file(plan) as unfinished, open(unfinished, "w", newline="") as file:
+    with whole_file(plan) as unfinished, open(unfinished, "w", newline="", **_CSV) as file:
         file.write(settings + "\n")
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
@@ -1043,10 +1161,14 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
 
 class OneLineParser(argparse.ArgumentParser):
     """A command line whose complaint is one line that ends the program; its help keeps the lines
-    of `description` as they are."""
+    of `description` as they are. From here on all that is printed can be: a character that the
+    terminal does not know, or a file's name that is not UTF-8, becomes \\xff and the like."""
     def __init__(self, prog, description):
         super().__init__(prog, description=description,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):         # a notebook's has not
+                stream.reconfigure(errors="backslashreplace")
 
     def error(self, message):
         sys.exit(f"{self.prog}: {message} (see python {self.prog} --help)")

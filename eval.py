@@ -552,7 +552,7 @@ def load_images(args):
     if not args.images:
         return builtin_images()
     images = []
-    for path, depth_path in find_depths(list_images([args.images]), args.depth).items():
+    for path, depth_path in find_depths([args.images], args.depth).items():
         try:
             depth = None
             if depth_path is not None:
@@ -690,6 +690,8 @@ def process_folder(source, args, model, classifier, device):
     start = time.monotonic()
     for count, path in enumerate(files, 1):
         target = Path(args.output) / path.relative_to(source)
+        if target.suffix.lower() not in FORMATS:                       # a.gif becomes a.gif.png
+            target = target.with_name(target.name + ".png")
         try:
             said = process_file(path, target, args, model, classifier, device)
             left = time_left(start, count, len(files))

@@ -44,8 +44,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, depth_prior, draw,
-                     jpeg, leaf_items, photo_items, read_image, seeded)
+from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop, jpeg,
+                     leaf_items, photo_items, prior_knots, read_image, seeded)
 from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
                   match_pairs, matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
 from mioir import (ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
@@ -265,12 +265,10 @@ def sample(source, tasks, crop, batch, key):
     item["drawn"] = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
     if task == "haze":
         depth = source.depth(k)                                                 # (1,1,h,w)
-        if depth is None:
-            depth = depth_prior(h, w, g)
-        else:
-            depth = F.interpolate(depth, (h, w), mode="bilinear")
-        item["depth_max"] = depth.amax()[None]     # the whole image's, not the crop's
-        depth = depth[:, :, top:top + edge, left:left + edge]
+        prior = depth is None
+        if prior:
+            depth = prior_knots(g)                                              # (1,1,8,8)
+        depth, item["depth_max"] = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
         item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
     return item
 
@@ -768,7 +766,7 @@ def open_images(args, say):
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     items = []
     if args.data:
-        items += photo_items(args.data, args.depth)
+        items += photo_items(args.data, args.depth, say)
     if args.leaves or not args.data:
         count, edge = recipe["leaves"]
         items += leaf_items(args.leaves or count, edge, args.seed)

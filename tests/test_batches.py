@@ -1,17 +1,23 @@
 """Training batches: which task, which crop, degraded so that a crop looks like a piece of a whole degraded image."""
+import time
+
 import numpy as np
+import pytest
 import torch
+from torch.nn import functional as F
 
 import degrade as d
 import train
 from degrade import TASKS
+from mioir import reflect_pad
 
 
 class Flat:
     """A source of one 300 x 300 image whose pixels tell where they came from."""
     share = 1
 
-    def __init__(self, edge=300, value=None):
+    def __init__(self, edge=300, value=None, depth=None):
+        self.map = depth
         ramp = torch.arange(edge) % 256
         self.image = torch.stack((ramp[:, None].expand(edge, edge), ramp[None].expand(edge, edge),
                                   torch.zeros(edge, edge, dtype=torch.long))).byte()
@@ -28,7 +34,7 @@ class Flat:
         return self.image[:, top:top + edge, left:left + edge]
 
     def depth(self, k):
-        return None
+        return self.map
 
 
 def test_a_sample_depends_on_seed_stage_iteration_and_number_alone():
@@ -93,3 +99,44 @@ def test_a_training_batch_is_device_clean():
     samples = [train.sample({"photos": Flat()}, TASKS, 64, 14, (0, 0, 0, i)) for i in range(14)]
     lq, gt, task = train.make_batch(samples, 64, "meta")
     assert lq.is_meta and gt.is_meta and task.is_meta
+
+
+class Photo(Flat):
+    """A source of one photo of any size, whose pixels do not matter."""
+
+    def __init__(self, size, depth=None):
+        self.size = lambda k: size
+        self.map = depth
+
+    def crop(self, k, top, left, edge):
+        return torch.zeros(3, edge, edge, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("maps", (False, True))
+@pytest.mark.parametrize("size", [(300, 400), (2000, 3000), (100, 90), (40, 60)])
+def test_hazes_depth_is_the_whole_enlargements(size, maps):
+    """As it was computed from the whole photo; the last two sizes are smaller than the canvas."""
+    depth = torch.rand(1, 1, size[0] // 4, size[1] // 4, generator=d.seeded(size)) if maps else None
+    s = train.sample(Photo(size, depth), ("haze",), 64, 8, (0, 0, 0, 0))
+    g = d.seeded(0, 0, 0, 0)
+    top, left = (int(torch.randint(max(n - 112, 0) + 1, (1,), generator=g)) for n in size)
+    offset = tuple(16 + int(torch.randint(16, (1,), generator=g)) for _ in range(2))
+    torch.randint(8, (1,), generator=g)
+    d.draw("haze", (112, 112), "in", g)
+    whole = d.depth_prior(*size, g) if depth is None else F.interpolate(depth, size, mode="bilinear")
+    part = reflect_pad(whole[:, :, top:top + 112, left:left + 112], 0, max(112 - size[1], 0), 0, max(112 - size[0], 0))
+    assert s["offset"] == offset and (s["depth"] - part).abs().max() <= 1e-6
+    assert (s["depth_max"] - whole.amax()).abs() <= 1e-6 and s["depth_max"].shape == (1,)
+
+
+def test_haze_costs_by_the_crop_not_by_the_photo():
+    """Measured in turns, so that whatever else runs disturbs both; the fastest of each counts."""
+    took = {size: [] for size in ((300, 400), (2000, 3000))}
+    for _ in range(15):
+        for size, times in took.items():
+            start = time.perf_counter()
+            for i in range(4):
+                train.sample(Photo(size), ("haze",), 128, 8, (0, 0, 0, i))
+            times.append(time.perf_counter() - start)
+    small, large = (min(times) for times in took.values())
+    assert large / small <= 1.5

@@ -1,8 +1,15 @@
 """The degradations: equal to the published ones, batched, on any device; images and training batches."""
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import degrade as d
 from degrade import RANGES, TASKS
@@ -203,3 +210,222 @@ def test_depth_folders_are_checked(tmp_path):
     (tmp_path / "a.mat").write_bytes(b"")
     with pytest.raises(ValueError, match="scipy|not a readable"):
         d.read_depth(tmp_path / "a.mat")
+
+
+# Files of every kind ----------------------------------------------------------------------------------
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(path, array, clear=None, bits=16, palette=b""):
+    """A PNG as Pillow does not write it: deep colour, and with `clear`, the tRNS chunk."""
+    colour = 3 if palette else 2 if array.ndim == 3 else 0
+    rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in array)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *array.shape[1::-1], bits, colour, 0, 0, 0))
+                     + (chunk(b"PLTE", palette) if palette else b"") + (b"" if clear is None else chunk(b"tRNS", clear))
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+RAMP = np.arange(600).reshape(20, 30)               # dark, for 16 bits
+COLOUR = np.dstack((RAMP * 100, RAMP * 50, 60000 - RAMP * 100))
+FLOAT = (RAMP / 599 * 1.004).astype(np.float32)
+HOLE = (np.arange(600).reshape(20, 30) != 7) * 255  # all opaque but one pixel
+EIGHT = RAMP % 256
+
+
+def pillow(array, mode=None):
+    return lambda path: Image.fromarray(array, mode).save(path) if mode is None else Image.fromarray(array).convert(mode).save(path)
+
+
+# name: (file, how it is written, what is read (first channel) or None, alpha or None, words of the note)
+KINDS = {
+    "a dark 16-bit PNG": ("x.png", lambda p: png(p, RAMP // 3), RAMP // 3 / 257, None, "read as 8 bits, white is 65535"),
+    "a dark 16-bit TIFF": ("x.tif", pillow((RAMP // 3).astype(np.uint16)), RAMP // 3 / 257, None, "white is 65535"),
+    "32-bit integers": ("x.tif", pillow((RAMP * 100).astype(np.int32)), RAMP * 100 / 257, None, "white is 65535"),
+    "16-bit PGM": ("x.pgm", pillow((RAMP * 100).astype(np.int32)), RAMP * 100 / 257, None, "white is 65535"),
+    "floats a little above 1": ("x.tif", pillow(FLOAT), FLOAT.clip(0, 1) * 255, None, "clipped to 0..1"),
+    "floats": ("x.tif", pillow(FLOAT / 2), FLOAT / 2 * 255, None, "white is 1"),
+    "NaN": ("x.tif", pillow(np.where(RAMP == 7, np.nan, FLOAT / 2).astype(np.float32)), None, None, "clipped"),
+    "16-bit colour": ("x.png", lambda p: png(p, COLOUR), COLOUR[:, :, 0] / 256, None, "read as 8 bits"),
+    "16-bit colour, one clear": ("x.png", lambda p: png(p, COLOUR, struct.pack(">3H", *COLOUR[0, 7])), None, "some", "8 bits"),
+    "16-bit grey, one clear": ("x.png", lambda p: png(p, RAMP, struct.pack(">H", 7)), RAMP / 257, HOLE, "8 bits"),
+    "8-bit grey, one clear": ("x.png", lambda p: png(p, EIGHT, struct.pack(">H", 7), 8), EIGHT, (EIGHT != 7) * 255, ""),
+    "8-bit colour, one clear": ("x.png", lambda p: png(p, COLOUR // 256, struct.pack(">3H", *COLOUR[19, 0] // 256), 8), None,
+                                "some", ""),
+    "a palette with alpha": ("x.png", lambda p: png(p, RAMP % 4, b"\x80", 8, bytes(range(12))), RAMP % 4 * 3,
+                             np.where(RAMP % 4 == 0, 128, 255), ""),
+    "AVIF": ("x.avif", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
+    "GIF": ("x.gif", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
+    "JFIF": ("x.jfif", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
+    "TGA": ("x.tga", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
+    "16-bit PPM": ("x.ppm", lambda p: p.write_bytes(b"P6 30 20 65535\n" + COLOUR.astype(">u2").tobytes()), COLOUR[:, :, 0] / 257,
+                   None, "read as 8 bits"),
+    "PPM": ("x.ppm", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_white_is_a_matter_of_the_type_and_what_is_clear_stays_clear(tmp_path, kind):
+    name, write, first, alpha, words = KINDS[kind]
+    write(tmp_path / name)
+    assert d.list_images([tmp_path]) == [tmp_path / name]
+    image, notes = d.open_image(tmp_path / name)
+    assert words in ", ".join(notes) and ("clipped" in ", ".join(notes)) == ("clipped" in words)
+    if first is not None:
+        assert np.abs(d.to_rgb(image)[:, :, 0] - first).max() <= 1
+    assert ("A" in image.getbands()) == (alpha is not None)
+    if alpha is not None:
+        found = np.asarray(image.getchannel("A"))
+        assert 0 < (found == 0).sum() < 600 if isinstance(alpha, str) else np.array_equal(found, alpha)
+
+
+def test_a_lab_tiff_is_read_as_its_colours(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    ImageCms.profileToProfile(Image.fromarray(rgb), srgb, lab, outputMode="LAB").save(tmp_path / "lab.tif", icc_profile=b"Lab's")
+    image, _ = d.open_image(tmp_path / "lab.tif")
+    assert image.mode == "RGB" and image.info["icc_profile"] != b"Lab's"        # but sRGB's
+    assert np.abs(np.asarray(image).astype(int) - rgb).mean() < 3
+
+
+@pytest.mark.parametrize("fault", (RuntimeError("decoder"), MemoryError(), KeyError("x"), struct.error("short")))
+def test_whatever_a_decoder_raises_becomes_one_line(tmp_path, monkeypatch, fault):
+    save(tmp_path / "x.png", np.zeros((20, 30, 3), np.uint8))
+    np.save(tmp_path / "d.npy", np.ones((4, 4)))
+
+    def fails(*args, **options):
+        raise fault
+    monkeypatch.setattr(d.Image, "open", fails)
+    monkeypatch.setattr(d.np, "load", fails)
+    with pytest.raises(ValueError, match="x.png: not a readable image .*(decoder|MemoryError|x|short)"):
+        d.open_image(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="d.npy: not a readable depth map"):
+        d.read_depth(tmp_path / "d.npy")
+    assert d._head_size(d._make_photo, (tmp_path / "x.png", None)) == (0, 0)
+
+
+def test_which_files_of_a_folder_are_taken_and_which_are_said(tmp_path, capsys):
+    one = np.zeros((20, 30, 3), np.uint8)
+    for name in ("more/a.PNG", "more/c.jpg", "._a.png", ".thumbs/t.jpg", "more/.hidden.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / "photos" / name, one)
+    save(tmp_path / "b.gif", one)
+    (tmp_path / "photos" / "links").mkdir()
+    for name, real in (("circle", ".."), ("again", "../more"), ("file.gif", "../../b.gif"), ("outside", "../../elsewhere")):
+        (tmp_path / "photos" / "links" / name).symlink_to(real)
+    (tmp_path / "elsewhere" / "up").mkdir(parents=True)
+    save(tmp_path / "elsewhere" / "e.png", one)
+    (tmp_path / "elsewhere" / "up" / "loop").symlink_to(tmp_path / "photos")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    names = sorted(path.name for path in d.list_images([tmp_path / "photos"]))
+    assert names == ["a.PNG", "c.jpg", "e.png", "file.gif"]             # each once
+    assert capsys.readouterr() == ("", "")
+    for name in ("phone.heic", "raw.dng", "notes.txt"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    said = []
+    assert len(d.photo_items([tmp_path / "photos", tmp_path / "elsewhere"], None, said.append)) == 4
+    assert len(said) == 1 and "passed over 3 files" in said[0] and "phone.heic" in said[0] and "raw.dng" in said[0]
+
+
+def test_a_dataset_made_of_links_is_entered(tmp_path):
+    for name in ("DIV2K", "Flickr2K"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / f"{name}.png", np.zeros((20, 30, 3), np.uint8))
+        (tmp_path / "DF2K").mkdir(exist_ok=True)
+        (tmp_path / "DF2K" / name).symlink_to(tmp_path / name)
+    assert [p.name for p in d.list_images([tmp_path / "DF2K"])] == ["DIV2K.png", "Flickr2K.png"]
+
+
+# (images, depth maps) -> the map of each image, or the words of the refusal
+DEPTHS = {
+    "by path": (["a/1.png", "b/1.png"], ["a/1.npy", "b/1.npy"], ["a/1.npy", "b/1.npy"]),
+    "by path, a root's too": (["1.png", "a/1.png"], ["1.npy", "a/1.npy"], ["1.npy", "a/1.npy"]),
+    "by the images' folder and path": (["1.png"], ["photos/1.npy", "b/1.npy"], ["photos/1.npy"]),
+    "by stem": (["a/1.png", "b/2.png"], ["2.npy", "x/1.npy"], ["x/1.npy", "2.npy"]),
+    "capitals": (["1.png"], ["1.PNG"], ["1.PNG"]),
+    "two for one": (["1.png"], ["a/1.npy", "b/1.npy"], "a/1.npy.*b/1.npy"),
+    "two endings": (["1.png"], ["1.npy", "1.png"], "1.npy.*1.png"),
+    "one for two": (["a/1.png", "b/1.png"], ["a/1.npy"], "a/1.png.*b/1.png"),
+    "hidden": (["1.png"], ["._1.npy", ".x/1.npy"], "no depth map for 1.png"),
+}
+
+
+@pytest.mark.parametrize("kind", DEPTHS)
+def test_each_image_gets_its_own_depth_map(tmp_path, kind):
+    images, maps, wanted = DEPTHS[kind]
+    for folder, names in (("photos", images), ("depth", maps)):
+        for k, name in enumerate(names):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("npy"):
+                np.save(tmp_path / folder / name, np.full((2, 2), k + 1.0))
+            else:
+                save(tmp_path / folder / name, np.full((2, 2), k + 1, np.uint8))
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            d.photo_items([tmp_path / "photos"], tmp_path / "depth")
+        return
+    items = d.photo_items([str(tmp_path / "photos")], str(tmp_path / "depth"))
+    assert [str(depth.relative_to(tmp_path / "depth")) for _, _, (_, depth) in items] == wanted
+    assert [d.read_depth(depth).max() for _, _, (_, depth) in items] == [maps.index(name) + 1 for name in wanted]
+
+
+def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9.png")
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / name, np.zeros((40, 40, 3), np.uint8))
+    cache = d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "in"]), 32)
+    assert cache.crop(0, 0, 0, 32).shape == (3, 32, 32)
+    run = [sys.executable, "degrade.py", "--images", tmp_path / "in", "--out", tmp_path / "sets"]
+    for _ in range(2):                                                  # anew, and going on
+        done = subprocess.run(run, cwd=Path(d.__file__).parent, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0 and "\\udce9" in done.stdout and "Traceback" not in done.stderr
+    assert all((tmp_path / "sets" / "single_indis" / task / name).exists() for task in TASKS)
+    assert b"caf\xe9 \xc3\xa9" in (tmp_path / "sets" / "params.csv").read_bytes()
+
+
+def test_test_sets_never_mix_with_other_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8))
+    for taken in ("sets/params.csv", "more/original/GT/a.png"):
+        (tmp_path / taken).parent.mkdir(parents=True)
+        (tmp_path / taken).write_bytes(b"")
+        with pytest.raises(SystemExit, match="holds other test sets"):
+            d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / taken.split("/")[0])])
+        assert (tmp_path / taken).read_bytes() == b""
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+sys.path.insert(0, sys.argv[1])
+import degrade as d
+cache = d.ImageCache(sys.argv[2], [(str(k), d._make_photo, (f"{k}.png", None)) for k in range(2000)], 8, print)
+for k in range(2000):
+    assert cache.crop(k, 1, 2, 8)[0, 0, 0] == k % 256
+assert cache.crop(3, 1, 2, 8)[0, 0, 0] == 3
+"""
+
+
+def test_two_thousand_images_under_a_limit_of_256_open_files(tmp_path):
+    for k in range(2000):
+        np.save(tmp_path / f"{k}.npy", np.full((10, 12, 3), k % 256, np.uint8))
+    done = subprocess.run([sys.executable, "-c", MANY, str(Path(d.__file__).parent), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Enlarged depth ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("corners", (False, True))
+@pytest.mark.parametrize("small, size", [((8, 8), (2000, 3000)), ((75, 100), (300, 400)), ((339, 510), (1356, 2040)), ((97, 53), (300, 401)),
+                                         ((64, 64), (64, 64)), ((300, 200), (111, 222)), ((1, 1), (50, 40)), ((5, 1), (50, 40))])
+def test_a_crop_of_the_enlarged_depth_equals_the_wholes(small, size, corners):
+    for depth in (torch.rand(1, 1, *small, generator=d.seeded(small)), torch.rand(1, 1, *small, generator=d.seeded(small)).round() + 0.5):
+        whole = torch.nn.functional.interpolate(depth, size, mode="bilinear", align_corners=corners)
+        for top, left in ((0, 0), (size[0] // 3, size[1] // 4), (max(size[0] - 176, 0), max(size[1] - 176, 0))):
+            crop, highest = d.enlarged_crop(depth, size, top, left, 176, corners)
+            part = whole[:, :, top:top + 176, left:left + 176]
+            assert crop.shape == part.shape and (crop - part).abs().max() <= 1e-6
+            assert highest.shape == (1,) and (highest - whole.amax()).abs() <= 1e-6

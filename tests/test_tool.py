@@ -93,6 +93,17 @@ def clear(path):
     Image.fromarray(np.dstack((PIXELS, 0 * PIXELS[:, :, 0]))).save(path)
 
 
+def palette_alpha(path):
+    """One colour of the palette is clear: PNG's tRNS."""
+    Image.fromarray(PIXELS).convert("P").save(path, transparency=3)
+
+
+def colour_clear(path):
+    pixels = PIXELS.copy()
+    pixels[:9] = 9, 8, 7
+    Image.fromarray(pixels).save(path, transparency=(9, 8, 7))
+
+
 def grey_alpha(path):
     Image.fromarray(np.dstack((PIXELS[:, :, 0], PIXELS[:, :, 1])), "LA").save(path)
 
@@ -124,7 +135,8 @@ def turned(path):
 
 @pytest.mark.parametrize("make, size, mode", [
     (grey, (60, 41), "L"), (deep, (60, 41), "L"), (palette, (60, 41), "RGB"), (bilevel, (60, 41), "L"),
-    (alpha, (60, 41), "RGBA"), (clear, (60, 41), "RGBA"), (grey_alpha, (60, 41), "LA"), (one_pixel, (1, 1), "RGB"),
+    (alpha, (60, 41), "RGBA"), (clear, (60, 41), "RGBA"), (palette_alpha, (60, 41), "RGBA"),
+    (colour_clear, (60, 41), "RGBA"), (grey_alpha, (60, 41), "LA"), (one_pixel, (1, 1), "RGB"),
     (thin, (5000, 3), "RGB"), (icc, (60, 41), "RGB"), (turned, (41, 60), "RGB"), (animated, (60, 41), "RGB")])
 @pytest.mark.parametrize("model", ("ep.pt", "ap.pt"))
 def test_pictures_stay_what_they_are(files, tmp_path, make, size, mode, model):
@@ -133,7 +145,7 @@ def test_pictures_stay_what_they_are(files, tmp_path, make, size, mode, model):
     out = restore(files, source, tmp_path / "out.png", model=model)
     assert out.size == size and out.mode == mode
     if "A" in mode:
-        assert np.array_equal(np.asarray(out.getchannel("A")), np.asarray(Image.open(source).getchannel("A")))
+        assert np.array_equal(np.asarray(out.getchannel("A")), np.asarray(Image.open(source).convert("RGBA").getchannel("A")))
     assert ("icc_profile" in out.info) == (make is icc)
 
 
@@ -146,12 +158,21 @@ def test_tiffs_of_unusual_kinds(files, tmp_path, kind, capsys):
     assert ("read as 8 bits" in capsys.readouterr().out) == (kind == "float")
 
 
-@pytest.mark.parametrize("name", ("Größe 東京 ☂.png", "a" * 240 + ".png", "with space.png", "-dash.png"))
+@pytest.mark.parametrize("name", ("Größe 東京 ☂.png", "a" * 240 + ".png", "with space.png", "-dash.png",
+                                  os.fsdecode(b"caf\xe9.png")))
 def test_unusual_names(files, tmp_path, name):
     (tmp_path / "in").mkdir()
     Image.fromarray(PIXELS).save(tmp_path / "in" / name)
     run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "haze")
     assert Image.open(tmp_path / "out" / name).size == (60, 41)
+
+
+def test_what_is_read_but_not_written_becomes_a_png(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.gif", "a.avif", "a.ppm", "a.png"):
+        Image.fromarray(PIXELS).save(tmp_path / "in" / name)
+    run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "haze")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.gif.png", "a.avif.png", "a.ppm.png", "a.png"}
 
 
 def test_a_folder_goes_on_after_broken_files_and_says_so(files, tmp_path, capsys):
