@@ -372,38 +372,37 @@ NOT_RUN = "not run"
 
 
 class OutOfTime(Exception):
-    """What is measured took more than its share."""
+    """What is measured took longer than it may."""
 
 
-class Budget:
-    """Shares the minutes among all that is to be measured; what one leaves over, others have."""
+def out_of_time(number, frame):
+    raise OutOfTime
 
-    def __init__(self, minutes, shares):
-        self.end, self.shares = time.monotonic() + 60 * minutes, shares
 
-    def attempt(self, work):
-        """What work() returns, or in words why there is nothing; never later than its share."""
-        start = time.monotonic()
-        left = max(self.end - start, 0.1) / self.shares
-        self.shares -= 1
-        before = signal.signal(signal.SIGALRM, self.interrupt)
-        signal.setitimer(signal.ITIMER_REAL, left)
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            return "out of memory"
-        except (Exception, SystemExit) as error:   # a failure must not cost the others their turn
-            if isinstance(error, OutOfTime) or time.monotonic() - start > left:
-                return f"{NOT_RUN}: over {left:.0f} s"
-            text = str(error).splitlines() or [type(error).__name__]
-            return f"{NOT_RUN}: {text[0][:60]}"
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+def attempt(work, limit):
+    """What work() returns, or in words why there is nothing; interrupted after `limit` seconds."""
+    start = time.monotonic()
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except (Exception, SystemExit) as error:           # the others have their turn all the same
+        if isinstance(error, OutOfTime) or time.monotonic() - start > limit:
+            return f"{NOT_RUN}: over {limit:.0f} s"    # a compiler may have wrapped the exception
+        text = str(error).splitlines() or [type(error).__name__]
+        return f"{NOT_RUN}: {text[0][:60]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
-    @staticmethod
-    def interrupt(number, frame):
-        raise OutOfTime
+
+def seconds_for(remaining, end):
+    """How long the next of `remaining` measurements may take: its share, or a minute if there is
+    one, as most are done in a few seconds."""
+    left = max(end - time.monotonic(), 1)
+    return min(left, max(60, left / remaining))
 
 
 def settings_of(arch, flags, args, device):
@@ -487,13 +486,12 @@ def measure_cell(arch, column, args, device):
     return f"{rate:.2f} it/s, {rate * batch:.1f} images/s, {peak}"
 
 
-def cell(arch, column, args, device, budget):
+def cell(arch, column, args, device, limit):
     """measure_cell, or why there is no number."""
     compiled, on_cpu = "--compile" in COLUMNS[column], device.type == "cpu"
     if on_cpu and (column == "tf32" or compiled and not args.compile):
-        budget.shares -= 1
         return NOT_RUN
-    text = budget.attempt(functools.partial(measure_cell, arch, column, args, device))
+    text = attempt(functools.partial(measure_cell, arch, column, args, device), limit)
     if compiled:
         torch.compiler.reset()
     gc.collect()                                       # the network, before the next one is made
@@ -503,8 +501,9 @@ def cell(arch, column, args, device, budget):
 
 
 def data_rates(args, device):
-    """Rows: images/s that the loader prepares (beside a GPU 8 processes), and the device degrades."""
-    settings, batch, crop = settings_of("restormer", ["--leaves", "8"], args, device)
+    """Rows: images/s that the loader prepares (beside a GPU 8 processes), that are degraded."""
+    leaves = "2" if args.small else "8"
+    settings, batch, crop = settings_of("srresnet", ["--leaves", leaves], args, device)
     with tempfile.TemporaryDirectory() as folder:
         settings.out = folder
         source = train.open_images(settings, io.StringIO().write)
@@ -529,9 +528,10 @@ def data_rates(args, device):
 def short_training(precision, args, device, folder):
     """Mean PSNR over the tasks after some iterations of train.py: a small SRResNet, dead leaves."""
     out = Path(folder) / precision
+    preset, leaves = ("smoke", "2") if args.small else ("study", "16")
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(["--arch", "srresnet", "--prompt", "ep",
-                    "--preset", "smoke" if args.small else "study", "--leaves", "16",
+                    "--preset", preset, "--leaves", leaves,
                     "--period", str(args.iterations // 10),
                     "--precision", precision, "--device", device.type,
                     "--out", str(out), "--cache", str(Path(folder) / "cache")])
@@ -575,22 +575,22 @@ def gpu_report(args, device, cells, rates, quality):
 def gpu(args, device):
     """What has to be compiled comes last, and can take what time is left."""
     args.iterations -= args.iterations % 10            # the schedule has ten equal periods
-    out = Path(args.out or "runs/gpu.md")
+    out, end = Path(args.out or "runs/gpu.md"), time.monotonic() + 60 * args.minutes
     out.parent.mkdir(parents=True, exist_ok=True)
-    budget = Budget(args.minutes, len(args.arch) * len(COLUMNS) + 2)
     cells, rates, quality = {}, NOT_RUN, NOT_RUN
     *quick, compiled = COLUMNS
 
     def fill(columns):
-        for column in columns:
-            for arch in args.arch:
-                cells[arch, column] = cell(arch, column, args, device, budget)
-                print(f"{arch}, {column}: {cells[arch, column]}", flush=True)
-                out.write_text(gpu_report(args, device, cells, rates, quality))
+        todo = [(arch, column) for column in columns for arch in args.arch]
+        for done, (arch, column) in enumerate(todo):
+            limit = seconds_for(len(todo) - done, end)
+            cells[arch, column] = cell(arch, column, args, device, limit)
+            print(f"{arch}, {column}: {cells[arch, column]}", flush=True)
+            out.write_text(gpu_report(args, device, cells, rates, quality))
 
     fill(quick)
-    rates = budget.attempt(functools.partial(data_rates, args, device))
-    quality = budget.attempt(functools.partial(quality_rows, args, device))
+    rates = attempt(functools.partial(data_rates, args, device), seconds_for(2, end))
+    quality = attempt(functools.partial(quality_rows, args, device), seconds_for(1, end))
     fill([compiled])
     print(out.read_text())
 

@@ -306,9 +306,15 @@ def swin_mlp(w, name, t, height):
     return linear(w, f"{name}.fc2", F.gelu(linear(w, f"{name}.fc1", t)))
 
 
+@functools.cache
+def mean_colour(device):
+    """DIV2K's, taken off and put back; kept by the module."""
+    return torch.tensor((0.4488, 0.4371, 0.4040), device=device).view(1, 3, 1, 1)
+
+
 def swinir(w, x, p=None, training=False):
     z = extract(w, "F_ext_net", p)
-    mean = x.new_tensor((0.4488, 0.4371, 0.4040)).view(1, 3, 1, 1)
+    mean = mean_colour(x.device)
     height, mask = x.shape[2], kept_shift_mask(*x.shape[2:], x.device)
     groups = blocks_of(w, "layers.", ".conv.weight")
     blocks = [blocks_of(w, f"{group}.residual_group.blocks.", ".norm1.weight") for group in groups]

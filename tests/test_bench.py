@@ -125,11 +125,24 @@ def test_a_cell_that_fails_or_takes_too_long_leaves_the_others_their_turn():
     def needs_more():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    budget = bench.Budget(minutes=1 / 60, shares=4)
-    assert budget.attempt(never_ends) == "not run: over 0 s"
-    assert budget.attempt(fails) == "not run: no such kernel"
-    assert budget.attempt(needs_more) == "out of memory"
-    assert budget.attempt(lambda: 7) == 7
+    assert bench.attempt(never_ends, 0.2) == "not run: over 0 s"
+    assert bench.attempt(fails, 60) == "not run: no such kernel"
+    assert bench.attempt(needs_more, 60) == "out of memory"
+    assert bench.attempt(lambda: 7, 60) == 7
+
+
+def test_all_cells_together_stay_within_the_minutes():
+    """However long each of them would like to take."""
+    clock, minutes = [0.0], 7
+
+    def now():
+        return clock[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.time, "monotonic", now)
+        for remaining in range(25, 0, -1):
+            clock[0] += bench.seconds_for(remaining, 60 * minutes)
+    assert clock[0] <= 60 * minutes + 25
 
 
 def test_uformer_gets_crops_that_it_can_take():
@@ -214,3 +227,18 @@ def test_the_studys_commands_are_sequential_or_mixed_with_equal_iterations(name)
     plan = train.stages(args.arch, args.seq, args.order, args.recipe["period"])
     assert sum(stage.iterations for stage in plan) == 600 and (len(plan) == 7) == ("S" in name)
     assert (args.prompt or "").upper() == name.split(",")[0].partition("+")[2]
+
+
+def test_the_study_says_each_seeds_gain_on_its_own_baseline(tmp_path, capsys, monkeypatch):
+    """Trainings made up: seed 1 starts 2 dB higher than seed 0, and S gains 0.5 and 0.7 dB."""
+    def pretend(out, name, seed):
+        psnr_of_all = 20.0 + 2 * seed + (0.5 + 0.2 * seed) * (name == "S")
+        folder = bench.study_folder(out, name, seed)
+        folder.mkdir()
+        torch.save({"table": [("mixed", dict.fromkeys(mioir.TASKS, psnr_of_all))]},
+                   folder / "last.pt")
+    monkeypatch.setattr(bench, "train_for_study", pretend)
+    bench.main(["study", "--out", str(tmp_path), "--jobs", "1"])
+    rows = [line.split("|")[1:] for line in capsys.readouterr().out.splitlines()]
+    row, = [row for row in rows if row and row[0].strip() == "S"]
+    assert [cell.strip() for cell in row[-4:-1]] == ["21.60", "+0.60 (+0.50, +0.70)", "+0.29"]
