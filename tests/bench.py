@@ -383,7 +383,7 @@ def attempt(work, limit):
     """What work() returns, or in words why there is nothing; interrupted after `limit` seconds."""
     start = time.monotonic()
     before = signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    signal.setitimer(signal.ITIMER_REAL, limit, 5)     # and again, should someone swallow the first
     try:
         return work()
     except torch.OutOfMemoryError:
