@@ -421,6 +421,11 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     return drawn
 
 
+# Where nothing but the image and its parameters is needed. A task of one's own is entered here.
+DEGRADATIONS = {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark": darken,
+                "sr": bicubic_x4}
+
+
 def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
     """Degrades x (N,3,H,W), on its device, by what `draw` gave.
 
@@ -433,8 +438,7 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
         return add_rain(x, streaks[:, :, :x.shape[2], :x.shape[3]])
     if task == "haze":
         return add_haze(x, depth.to(x), **drawn, depth_max=depth_max)
-    return {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark": darken,
-            "sr": bicubic_x4}[task](x, **drawn)
+    return DEGRADATIONS[task](x, **drawn)
 
 
 # ---- Depth for a photo without a depth map -------------------------------------------------------

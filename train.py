@@ -80,10 +80,12 @@ RECIPES = {
 def striped_prompts():
     """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
     black and white stripes, and a white one. (7,128,128). Averaged, as F_ext does, the paper's
-    random images differ by 2 to 3 % of a feature's length; these by 25 to 38 %."""
+    random images differ by 2 to 3 % of a feature's length; these by 25 to 38 %. A task of one's
+    own gets wider and wider stripes."""
     steps = torch.arange(128, device="cpu")
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
+    stripes += [(x + 2 * y) // (8 * k) for k in range(1, len(TASKS) - 6)]
     return (torch.stack(stripes) % 2).float()
 
 

@@ -1,22 +1,28 @@
-"""Speed and memory, measured; not a test. Everything is compared inside one run, interleaved.
+"""Speed and memory, measured; not a test. What is compared is interleaved inside one run.
 
-    python tests/bench.py networks                   # ours against a straight transcription, all backbones
-    python tests/bench.py networks --arch swinir --size 128
-    python tests/bench.py memory                     # activation memory of a training step, with --checkpointing
-    python tests/bench.py data                       # crops/s from PNG files and from the cache; degradation
+    python tests/bench.py networks                   # ours against the published layers, by time
+    python tests/bench.py networks --arch swinir --size 128 --threads 1
+    python tests/bench.py memory                     # ... by the memory of a training step
+    python tests/bench.py ablation                   # what each of our tricks is worth alone
+    python tests/bench.py gpu                        # it/s, memory, data, PSNR; within 8 minutes
+    python tests/bench.py data                       # crops/s from PNG files and from the cache
     python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
     python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
-    python tests/bench.py classical assets/srresnet.pt --tune DIR --images DIR   # against classical methods
-    python tests/bench.py study                      # the paper's Table 3 in miniature: 14 trainings
+    python tests/bench.py classical assets/srresnet.pt --tune DIR --images DIR   # see classical.py
+    python tests/bench.py study                      # the paper's Table 3 in miniature
 
-"Transcription" means the published layers written down as they stand: attention by explicit softmax
-matrices, layer norm by mean and variance over rearranged tokens, a shift mask made anew in every block,
-the prompt read once per image, f * scale + shift + f, drop path in two passes. It shares our weights
-and must agree to 1e-4.
+"Theirs" is tests/published.py: the published layers as they stand, sharing no code with ours.
+It gets our weights by their published names, and its outputs must agree to 1e-4.
 """
 import argparse
-import itertools
+import contextlib
+import copy
+import functools
+import gc
+import io
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,109 +39,100 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import classical  # noqa: E402
 import degrade  # noqa: E402
 import mioir  # noqa: E402
 import train  # noqa: E402
 from eval import markdown, psnr, restored, tune_cpu, validation_pairs  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, restore  # noqa: E402
+from published import Published  # noqa: E402
 from train import lay_channels_last, recompute_blocks  # noqa: E402
 
 
-# ---- The transcription: classes that take over our modules' weights ------------------------------------
+# ---- Ours and theirs -----------------------------------------------------------------------------
 
-class TokenLayerNorm(torch.nn.LayerNorm):
-    def forward(self, t):
-        mean, var = t.mean(-1, keepdim=True), t.var(-1, keepdim=True, unbiased=False)
-        return (t - mean) / torch.sqrt(var + 1e-5) * self.weight + self.bias
-
-
-class TokenLayerNorm2d(mioir.LayerNorm2d):
-    def forward(self, f):
-        t = f.flatten(2).transpose(1, 2).contiguous()                      # b c h w -> b (h w) c
-        return TokenLayerNorm.forward(self, t).transpose(1, 2).reshape(f.shape).contiguous()
-
-
-class NormalisedChannelAttention(mioir.ChannelAttention):
-    def forward(self, f):
-        b, c, h, w = f.shape
-        q, k, v = self.dwconv(self.qkv(f)).chunk(3, dim=1)
-        q, k, v = (t.reshape(b, self.heads, c // self.heads, h * w) for t in (q, k, v))
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        attention = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(dim=-1)
-        return self.project((attention @ v).reshape(b, c, h, w))
+def by_published_names(arch, model, tensors):
+    """{our name: tensor} -> {published name: tensor}. The prompt images have no published name."""
+    renamed = {}
+    for name, value in tensors.items():
+        if name == "prompts":
+            continue
+        names = mioir.published_names(arch, model, name)
+        if len(names) == 1:
+            renamed[names[0]] = value
+        else:                                      # our qkv is their to_q, then their to_kv
+            rows = len(value) // 3
+            renamed[names[0]], renamed[names[1]] = value[:rows], value[rows:]
+    return renamed
 
 
-class SoftmaxWindowAttention(mioir.WindowAttention):
-    def forward(self, t, mask=None):
-        n, windows, length, c = t.shape
-        qkv = self.qkv(t.flatten(0, 1)).reshape(n * windows, length, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attention = (q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)
-        attention = attention + self.bias_table[self.index.flatten()].view(length, length, -1).permute(2, 0, 1)[None]
-        if mask is not None:
-            attention = attention.view(n, windows, self.heads, length, length) + mask[None, :, None]
-            attention = attention.view(-1, self.heads, length, length)
-        out = (attention.softmax(-1) @ v).transpose(1, 2).reshape(n, windows, length, c)
-        return self.project(out)
-
-
-class MaskMakingWindowBlock(mioir.WindowBlock):
-    def forward(self, f, mask):
-        mask = mioir.shift_mask(*f.shape[1:3], self.window, self.window // 2, f.device) if self.shift else None
-        return super().forward(f, mask)
-
-
-class TwoPassDropPath(mioir.DropPath):
-    def forward(self, f):
-        if not self.training or self.probability == 0:
-            return f
-        keep = 1 - self.probability
-        return f.div(keep) * f.new_empty(f.shape[0], 1, 1, 1).bernoulli_(keep)
-
-
-class PerImagePromptPath(mioir.PromptPath):
-    def forward(self, p, rows=slice(None)):
-        features = [extract(p[rows]) for extract in self.extract]
-
-        def modulate(site, f):
-            z = features[self.extractor_of[site]]
-            return f * self.scale[site](z)[:, :, None, None] + self.shift[site](z)[:, :, None, None] + f
-        return modulate
-
-
-TRANSCRIBED = {mioir.LayerNorm2d: TokenLayerNorm2d, mioir.ChannelAttention: NormalisedChannelAttention,
-               mioir.WindowAttention: SoftmaxWindowAttention, mioir.WindowBlock: MaskMakingWindowBlock,
-               mioir.DropPath: TwoPassDropPath, mioir.PromptPath: PerImagePromptPath}
-
-
-def transcribe(model, norm_by_hand=False):
-    """Turns one of our models into its transcription; the weights stay where they are."""
-    classes = TRANSCRIBED | ({torch.nn.LayerNorm: TokenLayerNorm} if norm_by_hand else {})
-    for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
-    return model
-
-
-def pair(arch, device, norm_by_hand=False):
-    """Our model and its transcription with equal weights."""
+def pair(arch, device, small=False):
+    """Our network and the published one with equal weights, both with explicit prompts."""
     prompt = None if arch == "promptir" else "ep"
     torch.manual_seed(0)
-    ours = build_model(arch, prompt).to(device)
-    theirs = build_model(arch, prompt).to(device)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, transcribe(theirs, norm_by_hand)
+    ours = build_model(arch, prompt, **train.SMALL[arch] if small else {}).to(device)
+    state = by_published_names(arch, ours, ours.state_dict())
+    theirs = Published(arch, state, ours.prompts if prompt else None)
+    return ours, theirs
 
 
-# ---- Networks -----------------------------------------------------------------------------------------
+def agreement(ours, theirs, x, task):
+    """Largest difference of the outputs, as a share of the largest output."""
+    a, b = restoring(ours, x, task), restoring(theirs, x, task)
+    return ((a - b).abs().max() / b.abs().max()).item()
 
-def seconds(function, device):
+
+def refuse_disagreement(what, difference):
+    """Times of networks that compute different things would mean nothing."""
+    if difference > 1e-4:
+        sys.exit(f"bench.py: {what} gives other outputs, by {difference:.1e} of the largest")
+
+
+PHOTO = 256        # edge of the photo whose restoring is timed
+
+
+# ---- Clocks --------------------------------------------------------------------------------------
+
+def where(device):
+    """The machine in words: processor, its matrix units, threads, torch."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.+)", text)
+    flags = set(text.split())
+    units = [unit for unit in ("amx_tile", "avx512_bf16", "avx512_vnni") if unit in flags]
+    words = [name[1] if name else "unnamed processor",
+             f"matrix units: {' '.join(units) or 'none'}",
+             f"{torch.get_num_threads()} of {os.cpu_count()} threads",
+             f"torch {torch.__version__}"]
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        words.insert(0, torch.cuda.get_device_name(device))
+    return "; ".join(words)
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work, device):
+    """How long a function takes."""
+    wait_for(device)
     start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    work()
+    wait_for(device)
     return time.perf_counter() - start
+
+
+def medians(works, repeat, device):
+    """{name: function} -> {name: median of its seconds}. All run in turn, `repeat` times; a turn
+    before that, in which libraries and caches warm up, is not counted."""
+    times = {name: [] for name in works}
+    for turn in range(repeat + 1):
+        for name, work in works.items():
+            took = seconds(work, device)
+            if turn > 0:
+                times[name].append(took)
+    return {name: float(np.median(taken)) for name, taken in times.items()}
 
 
 def forward_backward(model, x, task):
@@ -149,44 +146,161 @@ def training_step(model, x, task):
 
 @torch.no_grad()
 def restoring(model, x, task):
-    model.eval()
-    return model(x, task)
+    return model.eval()(x, task)
 
+
+def crops_and_photo(args, device):
+    """What networks are timed on: a batch of crops with their tasks, and a photo."""
+    batch = args.batch or 1
+    crops = torch.rand(batch, 3, args.size, args.size, device=device)
+    tasks = torch.arange(batch, device=device) % len(TASKS)
+    return crops, tasks, torch.rand(1, 3, PHOTO, PHOTO, device=device)
+
+
+def side_by_side(a, b):
+    """The three cells of a comparison: seconds of the one, of the other, their ratio."""
+    return [f"{a:.3f}", f"{b:.3f}", f"{a / b:.2f}"]
+
+
+# ---- networks: ours against the published layers -------------------------------------------------
 
 def networks(args, device):
     rows = []
     for arch in args.arch:
-        ours, theirs = pair(arch, device, args.norm_by_hand)
-        crop = torch.rand(args.batch, 3, args.size, args.size, device=device)
-        photo = torch.rand(1, 3, 256, 256, device=device)
-        tasks = torch.arange(args.batch, device=device) % len(TASKS)
-        a, b = restoring(ours, crop, tasks), restoring(theirs, crop, tasks)
-        agreement = ((a - b).abs().max() / b.abs().max()).item()
-        if agreement > 1e-4:
-            sys.exit(f"bench.py: {arch}: the transcription disagrees by {agreement:.1e}")
-        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        ours, theirs = pair(arch, device, args.small)
+        crops, tasks, photo = crops_and_photo(args, device)
+        difference = agreement(ours, theirs, crops, tasks)
+        refuse_disagreement(arch, difference)
+        layout = torch.contiguous_format
         if args.channels_last:
             lay_channels_last(ours)
-        times = {}
-        for name, work, x, task in (("train", training_step, crop, tasks), ("restore", restoring, photo, tasks[:1])):
-            pairs = (ours, x.contiguous(memory_format=layout)), (theirs, x)
-            runs = [[seconds(lambda: work(model, x, task), device) for model, x in pairs]
-                    for _ in range(args.repeat + 1)][1:]
-            times[name] = np.median(runs, axis=0)
-        rows.append([arch, f"{agreement:.0e}", *(f"{t:.2f}" for t in (*times["train"], times["train"][0] / times["train"][1],
-                                                                      *times["restore"], times["restore"][0] / times["restore"][1]))])
-        print(rows[-1], flush=True)
-    print(markdown(["", "differ by", "train s, ours", "theirs", "ratio", "restore 256 s, ours", "theirs", "ratio"], rows))
+            layout = torch.channels_last
+        row = [arch, f"{difference:.0e}"]
+        for work, x, task in ((training_step, crops, tasks), (restoring, photo, tasks[:1])):
+            our_x = x.contiguous(memory_format=layout)
+            times = medians({"ours": functools.partial(work, ours, our_x, task),
+                             "theirs": functools.partial(work, theirs, x, task)},
+                            args.repeat, device)
+            row += side_by_side(times["ours"], times["theirs"])
+        rows.append(row)
+        print(row, flush=True)
+    print(markdown(["", "differ by", "train s, ours", "theirs", "ratio",
+                    f"restore {PHOTO} s, ours", "theirs", "ratio"], rows))
 
 
-# ---- Memory -------------------------------------------------------------------------------------------
+# ---- ablation: one piece of ours in its plain form -----------------------------------------------
+
+class NormalisedBefore(mioir.ChannelAttention):
+    """q and k get length 1 at full size, before their product, as the paper writes it."""
+    def forward(self, f):
+        n, c, h, w = f.shape
+        qkv = self.dwconv(self.qkv(f)).reshape(n, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.unbind(1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        scores = (q @ k.mT) * self.temperature
+        return self.project((scores.softmax(-1) @ v).reshape(n, c, h, w))
+
+
+class NormByHand(torch.nn.LayerNorm):
+    """Mean and variance written out: some passes over the map, where torch has one kernel."""
+    def forward(self, t):
+        mean = t.mean(-1, keepdim=True)
+        variance = t.var(-1, keepdim=True, unbiased=False)
+        return (t - mean) / torch.sqrt(variance + self.eps) * self.weight + self.bias
+
+
+class AllWindowsAtOnce(mioir.WindowAttention):
+    """The scores of all windows together, which do not fit a CPU's cache."""
+    def forward(self, t, mask=None):
+        return self.attend(t, self.bias_table[self.index].permute(2, 0, 1), mask)
+
+
+# (the trick, the variant that has it, the variant that lacks it)
+TRICKS = (
+    ("late normalisation of q and k", "ours", "NormalisedBefore"),
+    ("layer norm's kernel", "ours", "NormByHand"),
+    ("window chunks", "ours", "AllWindowsAtOnce"),
+    ("channels last", "channels last", "ours"),
+    ("--checkpointing", "checkpointing", "ours"),
+    ("denormals become zeros", "ours", "denormals stay"),
+)
+
+
+def with_plain(model, plain):
+    """A copy of the model with plain in place of its parent class; None if there is none of it."""
+    model, found = copy.deepcopy(model), False
+    for module in model.modules():
+        if type(module) is plain.__base__:
+            module.__class__ = plain
+            found = True
+    return model if found else None
+
+
+def variants(ours):
+    """{name: our model, changed in one thing}, as named in TRICKS."""
+    made = {"ours": ours}
+    for plain in (NormalisedBefore, NormByHand, AllWindowsAtOnce):
+        changed = with_plain(ours, plain)
+        if changed is not None:
+            made[plain.__name__] = changed
+    made["channels last"] = copy.deepcopy(ours)
+    lay_channels_last(made["channels last"])
+    made["checkpointing"] = copy.deepcopy(ours)
+    recompute_blocks(made["checkpointing"])
+    made["denormals stay"] = ours
+    return made
+
+
+def run_variant(name, work, model, x, task):
+    """The switch for denormals is the calling thread's alone: believe its row with --threads 1."""
+    torch.set_flush_denormal(name != "denormals stay")
+    work(model, x, task)
+    torch.set_flush_denormal(True)
+
+
+def time_variants(models, work, x, task, repeat, device):
+    """{variant: median seconds}, all variants of a model interleaved."""
+    works = {}
+    for name, model in models.items():
+        layout = torch.channels_last if name == "channels last" else torch.contiguous_format
+        works[name] = functools.partial(run_variant, name, work, model,
+                                        x.contiguous(memory_format=layout), task)
+    return medians(works, repeat, device)
+
+
+def ablation(args, device):
+    rows = []
+    for arch in args.arch:
+        ours, _ = pair(arch, device, args.small)
+        crops, tasks, photo = crops_and_photo(args, device)
+        models = variants(ours)
+        for name, model in models.items():
+            refuse_disagreement(f"{arch}, {name}", agreement(model, ours, crops, tasks))
+        training = time_variants(models, training_step, crops, tasks, args.repeat, device)
+        restored_photo = time_variants(models, restoring, photo, tasks[:1], args.repeat, device)
+        for trick, having, lacking in TRICKS:
+            if having not in models or lacking not in models:
+                continue                               # SRResNet has no layer norm, for instance
+            row = [arch, trick, *side_by_side(training[having], training[lacking])]
+            if having == "checkpointing":              # of training alone
+                row += ["-", "-", "-"]
+            else:
+                row += side_by_side(restored_photo[having], restored_photo[lacking])
+            rows.append(row)
+            print(row, flush=True)
+    print(markdown(["", "trick", "train s, with it", "without", "ratio",
+                    f"restore {PHOTO} s, with it", "without", "ratio"], rows))
+
+
+# ---- memory: what lives at the same time ---------------------------------------------------------
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside `with` that live at the same time; `peak`: the most."""
+    """Counts the bytes of all tensors made inside `with` that live at the same time; `peak`: the
+    most. known: tensors that were there before, which are not counted."""
 
     def __init__(self, known):
         super().__init__()
-        self.live = {t.untyped_storage()._cdata: 0 for t in known}       # not counted: there before
+        self.live = {t.untyped_storage()._cdata: 0 for t in known}
         self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -198,7 +312,7 @@ class LiveTensors(TorchDispatchMode):
 
     def count(self, storage):
         key = storage._cdata
-        if key not in self.live:                                         # else a view, or in place
+        if key not in self.live:                       # else a view, or in place
             self.live[key] = storage.nbytes()
             self.bytes += storage.nbytes()
             self.peak = max(self.peak, self.bytes)
@@ -208,87 +322,343 @@ class LiveTensors(TorchDispatchMode):
         self.bytes -= self.live.pop(key)
 
 
-def step_memory(model, args, device):
-    """GB per sample that a training step needs beside the model and its gradients. A GPU counts it itself; else
-    it is counted on torch's meta device, where tensors have sizes but no content: exact, and over in seconds."""
+def step_memory(model, batch, size, device):
+    """GB per sample that a training step needs beside the model and its gradients. A GPU counts it
+    itself; else it is counted on torch's meta device, where tensors have sizes but no content:
+    exact, and over in seconds."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    x = torch.rand(args.batch, 3, args.size, args.size, device=device)
-    task = torch.arange(args.batch, device=device) % len(TASKS)
+    x = torch.rand(batch, 3, size, size, device=device)
+    task = torch.arange(batch) % len(TASKS)            # numbers, which a meta tensor has none of
     if device.type == "cuda":
-        forward_backward(model, x, task)                                 # libraries take their own share first
+        task = task.to(device)
+        forward_backward(model, x, task)               # libraries take their own share first
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         forward_backward(model, x, task)
-        return (torch.cuda.max_memory_allocated() - before) / args.batch / 1e9
-    with LiveTensors([*model.state_dict().values(), *(p.grad for p in model.parameters())]) as tensors:
+        return (torch.cuda.max_memory_allocated() - before) / batch / 1e9
+    known = [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+    with LiveTensors(known) as live:
         forward_backward(model, x, task)
-    return tensors.peak / args.batch / 1e9
+    return live.peak / batch / 1e9
 
 
 def memory(args, device):
-    rows, device = [], device if device.type == "cuda" else torch.device("meta")
+    rows, batch = [], args.batch or 1
+    device = device if device.type == "cuda" else torch.device("meta")
     for arch in args.arch:
-        ours, theirs = pair(arch, device, args.norm_by_hand)
-        peaks = [step_memory(theirs, args, device), step_memory(ours, args, device)]
+        ours, theirs = pair(arch, device, args.small)
+        published = step_memory(theirs, batch, args.size, device)
+        plain = step_memory(ours, batch, args.size, device)
         recompute_blocks(ours)
-        peaks.append(step_memory(ours, args, device))
-        rows.append([arch, *(f"{p:.3f}" for p in peaks), f"{peaks[1] / peaks[0]:.2f}", f"{peaks[2] / peaks[0]:.2f}"])
-    print(markdown(["GB per sample", "theirs", "ours", "--checkpointing", "ours / theirs", "checkpointing / theirs"], rows))
+        recomputed = step_memory(ours, batch, args.size, device)
+        rows.append([arch, f"{published:.3f}", f"{plain:.3f}", f"{recomputed:.3f}",
+                     plain / published, recomputed / published])
+    print(markdown(["GB per sample", "theirs", "ours", "--checkpointing", "ours / theirs",
+                    "checkpointing / theirs"], rows))
 
 
-# ---- Data ---------------------------------------------------------------------------------------------
+# ---- gpu: the whole of training on this device, in minutes ---------------------------------------
+
+PUBLISHED = "published, fp32"
+COLUMNS = {    # how a network is trained: flags of train.py; the last takes minutes to compile
+    PUBLISHED: [],
+    "fp32": ["--precision", "fp32"],
+    "tf32": ["--precision", "tf32"],
+    "bf16": ["--precision", "bf16"],
+    "bf16, compiled, channels last": ["--precision", "bf16", "--compile", "--channels-last"],
+}
+NOT_RUN = "not run"
+
+
+class OutOfTime(Exception):
+    """What is measured took longer than it may."""
+
+
+def out_of_time(number, frame):
+    raise OutOfTime
+
+
+def attempt(work, limit):
+    """What work() returns, or in words why there is nothing; interrupted after `limit` seconds."""
+    start = time.monotonic()
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, limit, 5)     # and again, should someone swallow the first
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except (Exception, SystemExit) as error:           # the others have their turn all the same
+        if isinstance(error, OutOfTime) or time.monotonic() - start > limit:
+            return f"{NOT_RUN}: over {limit:.0f} s"    # a compiler may have wrapped the exception
+        text = str(error).splitlines() or [type(error).__name__]
+        return f"{NOT_RUN}: {text[0][:60]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def seconds_for(remaining, end):
+    """How long the next of `remaining` measurements may take: its share, or a minute if there is
+    one, as most are done in a few seconds."""
+    left = max(end - time.monotonic(), 1)
+    return min(left, max(60, left / remaining))
+
+
+def settings_of(arch, flags, args, device):
+    """The command line of train.py for this network, and its batch and crop."""
+    prompt = [] if arch == "promptir" else ["--prompt", "ep"]
+    preset = "smoke" if args.small else "paper"
+    settings = train.parse(["--arch", arch, "--preset", preset, "--device", device.type,
+                            *prompt, *flags])
+    batch = args.batch or train.RECIPES[arch]["batch"]
+    multiple = 128 if arch == "uformer" else 8
+    crop = -(-args.size // multiple) * multiple
+    return settings, batch, crop
+
+
+def random_batch(batch, crop, machine):
+    """lq, gt, task as train.prepare_batch lays them out; what they show costs no time."""
+    lq = torch.rand(batch, 3, crop, crop, device=machine.device)
+    gt = torch.rand(batch, 3, crop, crop, device=machine.device)
+    if machine.channels_last:
+        lq = lq.contiguous(memory_format=torch.channels_last)
+    return lq, gt, torch.arange(batch, device=machine.device) % len(TASKS)
+
+
+def our_iteration(arch, flags, args, device):
+    """One iteration of train.py as a function: forward, backward, optimiser, EMA."""
+    settings, batch, crop = settings_of(arch, flags, args, device)
+    torch.backends.cudnn.benchmark = False
+    machine = train.Machine(settings)
+    run = train.Run(settings, machine.device)
+    net = machine.wrap(run.model)
+    lq, gt, task = random_batch(batch, crop, machine)
+
+    def iteration():
+        run.optimizer.zero_grad(set_to_none=True)
+        net.train()
+        with machine.autocast():
+            loss = train.loss_per_image(net, lq, gt, task).mean()
+        loss.backward()
+        run.optimizer.step()
+        train.update_ema(run.ema, run.model, run.recipe["ema"])
+    return iteration, batch
+
+
+def their_iteration(arch, args, device):
+    """The same with the published layers, the way BasicSR's loop does it."""
+    settings, batch, crop = settings_of(arch, [], args, device)
+    machine, recipe = train.Machine(settings), settings.recipe
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
+    _, net = pair(arch, device, args.small)
+    optimizer = getattr(torch.optim, recipe["optimizer"])(
+        net.parameters(), recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"])
+    ema = [p.detach().clone() for p in net.parameters()]
+    lq, gt, task = random_batch(batch, crop, machine)
+
+    def iteration():
+        optimizer.zero_grad(set_to_none=True)
+        (net.train()(lq, task) - gt).abs().mean().backward()
+        optimizer.step()
+        for average, p in zip(ema, net.parameters()):
+            average.mul_(recipe["ema"]).add_(p.detach(), alpha=1 - recipe["ema"])
+    return iteration, batch
+
+
+def measure_cell(arch, column, args, device):
+    """A cell of the table: how fast, and how much memory at most. A few seconds, no more."""
+    if column == PUBLISHED:
+        iteration, batch = their_iteration(arch, args, device)
+    else:
+        iteration, batch = our_iteration(arch, COLUMNS[column], args, device)
+    on_gpu = device.type == "cuda"
+    for _ in range(3 if on_gpu else 1):
+        iteration()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    count, took = 0, 0.0
+    while count < (20 if on_gpu else 3) and took < 3:
+        took += seconds(iteration, device)
+        count += 1
+    rate = count / took
+    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if on_gpu else f"GB {NOT_RUN}"
+    return f"{rate:.2f} it/s, {rate * batch:.1f} images/s, {peak}"
+
+
+def cell(arch, column, args, device, limit):
+    """measure_cell, or why there is no number."""
+    compiled, on_cpu = "--compile" in COLUMNS[column], device.type == "cpu"
+    if on_cpu and (column == "tf32" or compiled and not args.compile):
+        return NOT_RUN
+    text = attempt(functools.partial(measure_cell, arch, column, args, device), limit)
+    if compiled:
+        torch.compiler.reset()
+    gc.collect()                                       # the network, before the next one is made
+    if not on_cpu:
+        torch.cuda.empty_cache()
+    return text
+
+
+def data_rates(args, device):
+    """Rows: images/s that the loader prepares (beside a GPU 8 processes), that are degraded."""
+    leaves = "2" if args.small else "8"
+    settings, batch, crop = settings_of("srresnet", ["--leaves", leaves], args, device)
+    with tempfile.TemporaryDirectory() as folder:
+        settings.out = folder
+        source = train.open_images(settings, io.StringIO().write)
+        machine, run = train.Machine(settings), train.Run(settings, device)
+        run.recipe.update(batch=batch, crop=crop)
+        loader = train.batches(run, source, machine)
+        (_, samples), = next(loader)[1]                # the first one waits for the processes
+        count, start = 0, time.perf_counter()
+        for _, parts in loader:
+            (_, samples), = parts
+            count += batch
+            if count >= 50 * batch or time.perf_counter() - start > 5:
+                break
+        loaded = count / (time.perf_counter() - start)
+        loader.close()
+    degrading = functools.partial(train.make_batch, samples, crop, device)
+    took = medians({"degrade": degrading}, 10, device)["degrade"]
+    return [[f"crops of {crop} prepared by the loader", f"{loaded:.0f}"],
+            ["degraded on the device", f"{batch / took:.0f}"]]
+
+
+def short_training(precision, args, device, folder):
+    """Mean PSNR over the tasks after some iterations of train.py: a small SRResNet, dead leaves."""
+    out = Path(folder) / precision
+    preset, leaves = ("smoke", "2") if args.small else ("study", "16")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--arch", "srresnet", "--prompt", "ep",
+                    "--preset", preset, "--leaves", leaves,
+                    "--period", str(args.iterations // 10),
+                    "--precision", precision, "--device", device.type,
+                    "--out", str(out), "--cache", str(Path(folder) / "cache")])
+    table = torch.load(out / "last.pt", weights_only=True)["table"]
+    return [float(np.mean(list(scores.values()))) for _, scores in table]
+
+
+def quality_rows(args, device):
+    """Rows: PSNR after the short training in each precision, beside the input's."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("fp32", "bf16"):
+            before, after = short_training(precision, args, device, folder)
+            rows.append([precision, before, after])
+    return rows
+
+
+def gpu_report(args, device, cells, rates, quality):
+    """The Markdown that `gpu` writes, with what is measured so far."""
+    def table(header, rows):
+        if isinstance(rows, str):                      # why there are none
+            rows = [["", *[rows] * (len(header) - 1)]]
+        return markdown(header, rows)
+
+    rows = []
+    for arch in args.arch:
+        rows.append([arch, *(cells.get((arch, column), NOT_RUN) for column in COLUMNS)])
+    batch, small = args.batch or "the paper's", ", train.py's small sizes" if args.small else ""
+    return "\n".join([
+        "# Training on this machine", "",
+        f"{where(device)}; {time.strftime('%d %B %Y')}; `python tests/bench.py {args.command}`", "",
+        f"A training iteration (forward, L1, backward, optimiser, EMA): crops of {args.size} "
+        f"(Uformer: a multiple of 128), batch: {batch}{small}; the peak of memory:", "",
+        table(["", *COLUMNS], rows), "",
+        table(["the data path", "images/s"], rates), "",
+        f"After {args.iterations} iterations of a small SRResNet with explicit prompts on dead "
+        "leaves (train.py), mean over the seven tasks:", "",
+        table(["", "PSNR of the input, dB", "restored"], quality), ""])
+
+
+def gpu(args, device):
+    """What has to be compiled comes last, and can take what time is left."""
+    args.iterations -= args.iterations % 10            # the schedule has ten equal periods
+    out, end = Path(args.out or "runs/gpu.md"), time.monotonic() + 60 * args.minutes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cells, rates, quality = {}, NOT_RUN, NOT_RUN
+    *quick, compiled = COLUMNS
+
+    def fill(columns):
+        todo = [(arch, column) for column in columns for arch in args.arch]
+        for done, (arch, column) in enumerate(todo):
+            limit = seconds_for(len(todo) - done, end)
+            cells[arch, column] = cell(arch, column, args, device, limit)
+            print(f"{arch}, {column}: {cells[arch, column]}", flush=True)
+            out.write_text(gpu_report(args, device, cells, rates, quality))
+
+    fill(quick)
+    rates = attempt(functools.partial(data_rates, args, device), seconds_for(2, end))
+    quality = attempt(functools.partial(quality_rows, args, device), seconds_for(1, end))
+    fill([compiled])
+    print(out.read_text())
+
+
+# ---- data: crops a second ------------------------------------------------------------------------
+
+def write_photos(folder):
+    """Four PNGs of 2040 x 1356, as DIV2K's: dead leaves enlarged, with a little noise."""
+    folder.mkdir()
+    files = []
+    for k in range(4):
+        image, _ = degrade.dead_leaves(678, 1020, degrade.seeded(k))
+        image = degrade.add_noise(F.interpolate(image, scale_factor=2.0, mode="bicubic"), 2.0)
+        files.append(folder / f"{k}.png")
+        Image.fromarray(degrade.to_image(image)).save(files[-1])
+    return files
+
+
+def crops_from_files(files, count):
+    for k in range(count):
+        degrade.read_image(files[k % 4])[100:276, 200:376].copy()
+
+
+def crops_from_cache(cache, count):
+    for k in range(count):
+        cache.crop(k % 4, (37 * k) % 1000, (53 * k) % 1800, 176)
+
 
 def data(args, device):
-    """A folder of four 2040 x 1356 PNGs (as DIV2K), dead leaves enlarged."""
+    """How fast the cache is, then what each task costs to draw and to degrade."""
+    cpu, count = torch.device("cpu"), args.crops
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        (folder / "photos").mkdir()
-        for k in range(4):
-            image, _ = degrade.dead_leaves(678, 1020, degrade.seeded(k))
-            image = degrade.add_noise(F.interpolate(image, scale_factor=2.0, mode="bicubic"), 2.0)
-            Image.fromarray(degrade.to_image(image)).save(folder / "photos" / f"{k}.png")
-        files = sorted((folder / "photos").glob("*.png"))
-        start = time.perf_counter()
-        for k in range(8):
-            degrade.read_image(files[k % 4])[100:276, 200:376].copy()
-        png = 8 / (time.perf_counter() - start)
-        cache = degrade.ImageCache(folder / "cache", degrade.photo_items([folder / "photos"]), 128, lambda text: None)
-        start = time.perf_counter()
-        for k in range(2000):
-            cache.crop(k % 4, (37 * k) % 1000, (53 * k) % 1800, 176)
-        cached = 2000 / (time.perf_counter() - start)
-        print(f"crops of 176 from 2040 x 1356 images: {png:.1f}/s from PNG, {cached:.0f}/s from the cache, "
-              f"{cached / png:.0f} times as many")
+        files = write_photos(Path(folder) / "photos")
+        cache = degrade.ImageCache(Path(folder) / "cache", degrade.photo_items([files[0].parent]),
+                                   128, io.StringIO().write)
+        png = 8 / seconds(functools.partial(crops_from_files, files, 8), cpu)
+        cached = 2000 / seconds(functools.partial(crops_from_cache, cache, 2000), cpu)
+        print(f"crops of 176 from 2040 x 1356 images: {png:.1f}/s from PNG, "
+              f"{cached:.0f}/s from the cache, {cached / png:.0f} times as many")
         rows = []
         for tasks in (*((task,) for task in TASKS), TASKS):
             start = time.perf_counter()
-            samples = [train.sample({"photos": cache}, tasks, 128, 128, (0, 0, 0, i)) for i in range(128)]
-            middle = time.perf_counter()
-            train.make_batch(samples, 128, device)
-            end = time.perf_counter()
-            rows.append([" ".join(tasks) if len(tasks) == 1 else "all seven", *(f"{128 / t:.0f}" for t in (
-                middle - start, end - middle, end - start))])
-        print(markdown(["crops/s of 128 x 128, batch of 128", "drawn", "degraded", "both"], rows))
+            samples = [train.sample({"photos": cache}, tasks, 128, count, (0, 0, 0, i)) for i in range(count)]
+            drawing = time.perf_counter() - start
+            degrading = seconds(functools.partial(train.make_batch, samples, 128, device), device)
+            rows.append(["all seven" if len(tasks) > 1 else tasks[0], f"{count / drawing:.0f}",
+                         f"{count / degrading:.0f}", f"{count / (drawing + degrading):.0f}"])
+    print(markdown([f"crops/s of 128 x 128, batch of {count}", "drawn", "degraded", "both"], rows))
 
 
-# ---- Tiles --------------------------------------------------------------------------------------------
+# ---- pixels and tiles ----------------------------------------------------------------------------
 
 def pixels(args, device):
-    """How long the paper's sizes take for a megapixel, from one of 512 x 512 (a tile of eval.py)."""
+    """How long the paper's sizes take for a megapixel, by one of 512 x 512 (a tile of eval.py)."""
     rows = []
     for arch in args.arch:
         model = build_model(arch, None if arch == "promptir" else "ep").to(device).eval()
         task = torch.zeros(1, dtype=torch.long, device=device)
         x = torch.rand(1, 3, 512, 512, device=device)
-        took = seconds(lambda: restore(model, x, task), device)
+        took = seconds(functools.partial(restore, model, x, task), device)
         rows.append([arch, f"{took * 2 ** 20 / 512 ** 2:.0f}"])
         print(rows[-1], flush=True)
     print(markdown(["paper's size", "s per megapixel"], rows))
 
 
 def tiles(args, device):
-    """Each model restores the same images whole and in tiles; PSNR between the two, and of each to the truth."""
+    """Each model restores the same images whole and in tiles; PSNR between the two, and of each to
+    the truth."""
     images = [degrade.dead_leaves(768, 1024, degrade.seeded("tiles", k)) for k in range(2)]
     rows, pairs = [], validation_pairs(images)
     for path in args.checkpoints:
@@ -300,206 +670,114 @@ def tiles(args, device):
                 gt = degrade.to_image(gt)
                 scores.append((min(psnr(tiled, whole), 99.0), psnr(whole, gt), psnr(tiled, gt)))
             between, of_whole, of_tiled = np.mean(scores, 0)
-            rows.append([f"{info['arch']} {info['prompt'] or ''}", task, f"{between:.1f}", f"{of_whole:.2f}",
-                         f"{of_tiled:.2f}", f"{of_tiled - of_whole:+.3f}"])
+            rows.append([f"{info['arch']} {info['prompt'] or ''}", task, f"{between:.1f}",
+                         f"{of_whole:.2f}", f"{of_tiled:.2f}", f"{of_tiled - of_whole:+.3f}"])
             print(rows[-1], flush=True)
-    print(markdown(["1024 x 768, tiles of 512", "images", "tiled to whole, dB", "whole to truth", "tiled to truth",
-                    "difference"], rows))
+    print(markdown(["1024 x 768, tiles of 512", "images", "tiled to whole, dB", "whole to truth",
+                    "tiled to truth", "difference"], rows))
 
 
-# ---- Classical methods: what a learned model has to beat ---------------------------------------------
+# ---- study: the paper in miniature ---------------------------------------------------------------
 
-def box(x, r):
-    """Mean over the (2r+1)^2 neighbours that lie inside the image: along columns, then along rows."""
-    x = F.avg_pool2d(x, (2 * r + 1, 1), 1, (r, 0), count_include_pad=False)
-    return F.avg_pool2d(x, (1, 2 * r + 1), 1, (0, r), count_include_pad=False)
-
-
-def neighbours(x, r):
-    """(dy, dx, x shifted by that), for all shifts up to r; borders reflected."""
-    h, w = x.shape[2:]
-    padded = mioir.reflect_pad(x, r, r, r, r)
-    for dy in range(-r, r + 1):
-        for dx in range(-r, r + 1):
-            yield dy, dx, padded[:, :, r + dy:r + dy + h, r + dx:r + dx + w]
-
-
-def non_local_means(x, strength, sigma):
-    """Buades et al. 2005: 7x7 patches, 21x21 neighbours; sigma in grey levels is known."""
-    s, total, out = sigma / 255, 0, 0
-    for _, _, other in neighbours(x, 10):
-        distance = box((x - other).square().mean(1, keepdim=True), 3)
-        weight = torch.exp(-(distance - 2 * s ** 2).clamp_min(0) / (strength * s) ** 2)
-        total, out = total + weight, out + weight * other
-    return out / total
-
-
-def wiener(x, sigma, ratio):
-    """Wiener filter for one fixed Gaussian kernel; ratio: of noise to signal power."""
-    pad = 32
-    x = mioir.reflect_pad(x, pad, pad, pad, pad)
-    fy, fx = (torch.fft.fftfreq(s) for s in x.shape[2:])
-    fx = fx[:x.shape[3] // 2 + 1].abs()
-    kernel = torch.exp(-2 * (np.pi * sigma) ** 2 * (fy[:, None] ** 2 + fx[None] ** 2))
-    y = torch.fft.irfft2(torch.fft.rfft2(x) * kernel / (kernel ** 2 + ratio), s=x.shape[2:])
-    return y[:, :, pad:-pad, pad:-pad]
-
-
-def bilateral(x, space, levels):
-    """Tomasi and Manduchi 1998; space in pixels, levels in [0,1]."""
-    total, out = 0, 0
-    for dy, dx, other in neighbours(x, 4):
-        weight = torch.exp(-(dy * dy + dx * dx) / (2 * space ** 2)
-                           - (x - other).square().mean(1, keepdim=True) / (2 * levels ** 2))
-        total, out = total + weight, out + weight * other
-    return out / total
-
-
-def guided(x, guide, r, eps):
-    """He et al. 2010: x smoothed, with edges where the guide has them."""
-    mean_x, mean_g = box(x, r), box(guide, r)
-    slope = (box(x * guide, r) - mean_x * mean_g) / (box(guide * guide, r) - mean_g ** 2 + eps)
-    return box(slope, r) * guide + box(mean_x - slope * mean_g, r)
-
-
-def rain_split(x, r, eps, kept, veil):
-    """A guided filter splits off detail; of what is brighter, a streak, `kept` stays; the veil goes."""
-    smooth = guided(x, x, r, eps)
-    detail = x - smooth
-    return smooth + torch.where(detail > 0, kept * detail, detail) - veil
-
-
-def dark_channel(x, share, least):
-    """He et al. 2009: dark channel prior, 15x15 patches, transmission refined by a guided filter."""
-    def darkest(image):
-        return -F.max_pool2d(-image.amin(1, keepdim=True), 15, 1, 7)
-    dark = darkest(x).flatten()
-    brightest = dark.topk(max(len(dark) // 1000, 1)).indices
-    airlight = x.flatten(2)[:, :, brightest].mean(2)[:, :, None, None]
-    transmission = guided(1 - share * darkest(x / airlight), x.mean(1, keepdim=True), 40, 1e-3)
-    return (x - airlight) / transmission.clamp(least, 1) + airlight
-
-
-def grid(**values):
-    """All combinations of settings, as dicts."""
-    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
-
-
-CLASSICAL = {  # task: (name, method, settings to choose from)
-    "blur": ("Wiener filter", wiener, grid(sigma=(1.0, 1.25, 1.5, 1.75), ratio=(0.01, 0.02, 0.05, 0.1))),
-    "noise": ("non-local means, sigma known", non_local_means, grid(strength=(0.4, 0.55, 0.7, 0.9))),
-    "jpeg": ("bilateral filter", bilateral, grid(space=(0.7, 1.0, 1.5, 2.0), levels=(0.02, 0.03, 0.045, 0.07))),
-    "rain": ("guided-filter split", rain_split, grid(r=(4, 8, 16), eps=(1e-3, 4e-3, 2e-2), kept=(0.3, 0.5, 0.7),
-                                                     veil=(0.0, 0.03, 0.06))),
-    "haze": ("dark channel prior", dark_channel, grid(share=(0.6, 0.7, 0.8, 0.95), least=(0.1, 0.2, 0.3, 0.4))),
-    "dark": ("best fixed gamma", lambda x, gamma: x ** gamma, grid(gamma=(0.45, 0.5, 0.55, 0.6, 0.65, 0.7))),
-    "sr": ("bicubic (the input)", lambda x: x, [{}]),
-}
-
-
-def sigmas(images):
-    """The noise that validation_pairs (seed 0) put on each image: what non-local means is told."""
-    return [degrade.draw("noise", image.shape[2:], "in", degrade.seeded("validation", 0, "in", "noise", k))["sigma"].item()
-            for k, (image, _) in enumerate(images)]
-
-
-def apply_classical(task, method, settings, pairs, noise):
-    """PSNR of a classical method on each pair of a task."""
-    return [psnr(degrade.to_image(method(lq, **settings, **({"sigma": s} if task == "noise" else {}))),
-                 degrade.to_image(gt)) for (lq, gt), s in zip(pairs, noise)]
-
-
-def classical(args, device):
-    """Strengths chosen on --tune, then all methods and the models on --images, photo by photo."""
-    def photos(folder, edge=None):
-        images = [degrade.to_tensor(degrade.read_image(path)) for path in degrade.list_images([folder])]
-        middle = [tuple(slice(max(s - edge, 0) // 2, (s + edge) // 2) if edge else slice(None)
-                        for s in image.shape[2:]) for image in images]
-        return [(image[:, :, y, x], None) for image, (y, x) in zip(images, middle)]
-    tuning, images = photos(args.tune, 192)[::2], photos(args.images)
-    models = [mioir.load_model(path, device=device)[0] for path in args.checkpoints]
-    tune_pairs, pairs = validation_pairs(tuning), evaluation.validation_pairs(images)
-    tune_noise, noise = sigmas(tuning), sigmas(images)
-    rows = []
-    for task, (name, method, settings) in CLASSICAL.items():
-        best = max(settings, key=lambda chosen: np.mean(
-            apply_classical(task, method, chosen, tune_pairs[task], tune_noise)))
-        before = [psnr(degrade.to_image(lq), degrade.to_image(gt)) for lq, gt in pairs[task]]
-        scores = [before, apply_classical(task, method, best, pairs[task], noise)]
-        for model in models:
-            scores.append([psnr(restored(model, lq, task, device), degrade.to_image(gt))
-                           for lq, gt in pairs[task]])
-        said = ", ".join(f"{key} {value:g}" for key, value in best.items())
-        rows.append([task, f"{name}{': ' if said else ''}{said}",
-                     *(f"{np.mean(s):.2f} +- {np.std(s):.1f}" for s in scores)])
-        print(rows[-1], flush=True)
-    print(markdown(["images of", "classical method, as tuned", "input", "classical",
-                    *(str(path) for path in args.checkpoints)], rows))
-    print(f"PSNR in dB, mean +- deviation over {len(images)} photos; In-Dis, seed 0")
-
-
-# ---- The paper in miniature ---------------------------------------------------------------------------
-
-STUDY = {  # name: (flags, the paper's gain over M: SRResNet, Table 3, mean of the seven In-Dis sets)
-    "M": ("", 0.0), "S": ("--seq", 0.29), "M+EP": ("--prompt ep", 0.74), "S+EP": ("--seq --prompt ep", 0.84),
-    "M+AP": ("--prompt ap", 0.08), "S+AP": ("--seq --prompt ap", 0.24),
+STUDY = {  # name: (flags, the paper's gain over M: SRResNet, Table 3, mean of seven In-Dis sets)
+    "M": ("", 0.0), "S": ("--seq", 0.29), "M+EP": ("--prompt ep", 0.74),
+    "S+EP": ("--seq --prompt ep", 0.84), "M+AP": ("--prompt ap", 0.08),
+    "S+AP": ("--seq --prompt ap", 0.24),
     "S+EP, reverse order": ("--seq --prompt ep --order dhrjnbs", None),
 }
 
 
+def study_folder(out, name, seed):
+    return Path(out) / f"{name.replace(' ', '').replace(',', '-')}-{seed}"
+
+
+def table_of(folder):
+    """The table of a run so far: [(stage, {task: PSNR}), ...]."""
+    last = folder / "last.pt"
+    return torch.load(last, weights_only=True)["table"] if last.exists() else []
+
+
+def train_for_study(out, name, seed):
+    """One training, to its end; goes on where it was."""
+    folder = study_folder(out, name, seed)
+    command = [sys.executable, "train.py", "--arch", "srresnet", "--preset", "study",
+               *STUDY[name][0].split(), "--seed", str(seed), "--out", str(folder),
+               "--cache", str(Path(out) / f"cache-{seed}")]
+    rows_when_done = 8 if "--seq" in command else 2
+    if len(table_of(folder)) >= rows_when_done:
+        return
+    if (folder / "last.pt").exists():
+        command.append("--resume")
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print(f"{folder}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
+
+
 def study(args, device):
-    """Six trainings of one small SRResNet and one in reverse order, two seeds each; goes on where it was."""
-    runs = [(name, seed, Path(args.out) / f"{name.replace(' ', '').replace(',', '-')}-{seed}")
-            for seed in (0, 1) for name in STUDY]
-
-    def table(out):
-        return torch.load(out / "last.pt", weights_only=True)["table"] if (out / "last.pt").exists() else []
-
-    def one(job):
-        name, seed, out = job
-        command = [sys.executable, "train.py", "--arch", "srresnet", "--preset", "study", *STUDY[name][0].split(),
-                   "--seed", str(seed), "--out", str(out), "--cache", str(Path(args.out) / f"cache-{seed}")]
-        if len(table(out)) < (8 if "--seq" in command else 2):
-            start, again = time.monotonic(), ["--resume"] if (out / "last.pt").exists() else []
-            subprocess.run(command + again, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-            print(f"{out}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
+    """Six trainings of one small SRResNet and one in reverse order, two seeds each."""
+    out = str(Path(args.out or "runs/study").resolve())
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, runs))
-    finals = {(name, seed): table(out)[-1][1] for name, seed, out in runs}
+        trainings = [pool.submit(train_for_study, out, name, seed)
+                     for seed in (0, 1) for name in STUDY]
+        for training in trainings:
+            training.result()
+    by_task, means = {}, {}
+    for name in STUDY:
+        finals = [table_of(study_folder(out, name, seed))[-1][1] for seed in (0, 1)]
+        by_task[name] = np.array([[final[task] for task in TASKS] for final in finals])
+        means[name] = by_task[name].mean(1)                                     # one a seed
     rows = []
-    for name, (_, gain) in STUDY.items():
-        psnrs = np.array([[finals[name, seed][task] for task in TASKS] for seed in (0, 1)])
-        means = psnrs.mean(1)
-        gains = means - [np.mean(list(finals["M", seed].values())) for seed in (0, 1)]
-        rows.append([name, *psnrs.mean(0).tolist(), f"{means.mean():.2f}", f"{gains.mean():+.2f} ({gains[0]:+.2f}, "
-                     f"{gains[1]:+.2f})", "not given" if gain is None else f"{gain:+.2f}"])
-    print(markdown(["PSNR, mean of two seeds", *TASKS, "mean", "gain on M (each seed)", "the paper's gain"], rows))
+    for name, (_, papers) in STUDY.items():
+        gains = means[name] - means["M"]
+        rows.append([name, *by_task[name].mean(0).tolist(), f"{means[name].mean():.2f}",
+                     f"{gains.mean():+.2f} ({gains[0]:+.2f}, {gains[1]:+.2f})",
+                     "not given" if papers is None else f"{papers:+.2f}"])
+    print(markdown(["PSNR, mean of two seeds", *TASKS, "mean", "gain on M (each seed)",
+                    "the paper's gain"], rows))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("networks", "memory", "data", "pixels", "tiles", "classical", "study"))
-    parser.add_argument("checkpoints", nargs="*", help="for tiles and classical")
-    parser.add_argument("--tune", help="classical: photos to choose the strengths on")
-    parser.add_argument("--images", help="classical: photos to compare on")
-    parser.add_argument("--out", default="runs/study", help="study: where the trainings go")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="study: trainings at a time, one thread each")
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--size", type=int, default=128, help="edge of the training crop")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--norm-by-hand", action="store_true",
-                        help="networks, memory: the transcription writes SwinIR's and Uformer's layer norm out as well")
-    parser.add_argument("--channels-last", action="store_true", help="networks: ours as train.py --channels-last runs it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    tune_cpu()                                                     # as train.py and eval.py: for both
+# ---- The command line ----------------------------------------------------------------------------
+
+COMMANDS = {"networks": networks, "memory": memory, "ablation": ablation, "gpu": gpu, "data": data,
+            "pixels": pixels, "tiles": tiles, "classical": classical.compare, "study": study}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=tuple(COMMANDS))
+    add("checkpoints", nargs="*", help="for tiles and classical")
+    add("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    add("--size", type=int, default=128, help="edge of the training crop")
+    add("--batch", type=int, help="default: 1; for gpu the paper's")
+    add("--small", action="store_true", help="networks of train.py's small sizes: to try the bench")
+    add("--repeat", type=int, default=5, help="networks, ablation: of which the median counts")
+    add("--threads", type=int, help="of the processor (default: torch's choice)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--channels-last", action="store_true", help="networks: ours as train.py --channels-last")
+    add("--compile", action="store_true", help="gpu: compile on a processor too")
+    add("--minutes", type=float, default=7, help="gpu: when to stop, but for what has begun")
+    add("--iterations", type=int, default=60, help="gpu: of the short training, a multiple of 10")
+    add("--crops", type=int, default=128, help="data: crops in a batch")
+    add("--tune", help="classical: photos to choose the strengths on")
+    add("--images", help="classical: photos to compare on")
+    add("--out", help="gpu: the file (runs/gpu.md); study: the folder (runs/study)")
+    add("--jobs", type=int, default=os.cpu_count(), help="study: trainings at a time")
+    args = parser.parse_args(argv)
+    args.command = " ".join(argv or sys.argv[1:])
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    tune_cpu()                                         # as train.py and eval.py do: for both
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, "
-          f"{torch.get_num_threads()} threads")
-    {"networks": networks, "memory": memory, "data": data, "pixels": pixels,
-     "tiles": tiles, "classical": classical, "study": study}[args.what](args, device)
+    print(where(device))
+    COMMANDS[args.what](args, device)
 
 
 if __name__ == "__main__":

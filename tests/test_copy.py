@@ -3,12 +3,15 @@
     python tests/test_copy.py        # prints the README's table
 """
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("mioir.py", "degrade.py", "eval.py", "train.py")                # what each may need stands before it
@@ -103,6 +106,28 @@ def test_the_readmes_network_of_ones_own_runs_and_is_restored():
     assert space["y"].shape == (1, 3, 201, 93)
     tiled = space["restore"](space["model"], space["photo"], space["torch"].tensor([2]), tile=160)
     assert tiled.shape == (1, 3, 201, 93) and (tiled - space["y"]).abs().max() < 1e-5
+
+
+def test_the_readmes_eighth_task_is_trained_and_evaluated(tmp_path):
+    """Snow in a dozen lines of a script of one's own: prompt, order letter, ranges, table, curves."""
+    code = re.search(r"```python\n(import sys, torch, mioir.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "snow.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def snow(*argv):
+        done = subprocess.run([sys.executable, "snow.py", *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    snow("--arch", "srresnet", "--seq", "--prompt", "--order", "nw", "--preset", "smoke", "--out", "out")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| snow |" in " ".join(table.split()) and "+snow" in table
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert saved["raw"]["prompts"].shape == (8, 128, 128)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 48), (90, 120, 60)).save(tmp_path / "photos" / "a.png")
+    assert "| snow " in snow(str(tmp_path / "out" / "last.pt"), "--images", "photos", "--output", "strips.png")
+    # A checkpoint of seven tasks loads beside eight, too.
+    snow(str(ROOT / "assets" / "srresnet.pt"), "--input", "photos/a.png", "--output", "b.png", "--task", "noise")
 
 
 def test_mioir_imports_torch_alone():
