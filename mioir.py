@@ -7,7 +7,8 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     model = build_model("restormer", prompt="ep")          # 26.5 M parameters, the paper's size
     y = model(x, task=torch.tensor([TASKS.index("rain")])) # x, y: (1,3,H,W) in [0,1], H and W / 8
     y = restore(model, x, task)                            # the same for any height and width
-    model, info = load_model("run/last.pt")                # a checkpoint rebuilds its own model
+    model, info = load_model("assets/srresnet.pt")         # a checkpoint rebuilds its own model
+    restore(model, "photo.jpg", "noise").save("out.png")   # a path, PIL image, array or tensor
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
@@ -32,12 +33,14 @@ What comes after the banner "not in the paper" is files, names of published weig
 import functools
 import math
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
+ANSWERS = (*TASKS, "none")      # of our own classifier, which may also say: nothing is wrong here
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
@@ -773,20 +776,22 @@ class Uformer(Backbone):
 # ---- The task classifier: names the degradation when the user does not ---------------------------
 
 class TaskClassifier(nn.Module):
-    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
+    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9. With none=True, (N,8) in
+    the order of ANSWERS; the published one has no word for a clean picture and calls it "dark".
 
     It looks at blocks of 9 x 9 pixels that do not overlap, and averages what it found. The
     published one ends in a softmax and is trained with a cross-entropy that applies another, which
     flattens the gradients; ours returns logits, whose softmax equals the published output.
     """
-    def __init__(self, width=128, high_pass=False):
+    def __init__(self, width=128, high_pass=False, none=False):
         super().__init__()
+        self.answers = ANSWERS if none else TASKS
         self.features = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                # (N,128,H/3,W/3)
             nn.Conv2d(width, width, 3, stride=3), nn.LeakyReLU(0.1),            # (N,128,H/9,W/9)
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
-        self.head = nn.Linear(32, len(TASKS))
+        self.head = nn.Linear(32, len(self.answers))
         if high_pass:       # a start for short runs: the first filters see texture, not brightness
             first = self.features[0].weight.data
             first.sub_(first.mean((2, 3), keepdim=True)).mul_(3)
@@ -842,39 +847,99 @@ def pad_for(x, multiple, square):
     return reflect_pad(x, left, left, top, top), top, left
 
 
-@torch.no_grad()
 def restore(model, x, task=None, tile=None, overlap=None, report=None):
-    """Restores images of any height and width: pads, runs, cuts back; does not clamp.
+    """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
-    model: a backbone, or any network called as model(x, task); what it needs may stand in its
-    attributes `multiple`, `overlap` and `context` (see Backbone). x: (N,3,H,W) in [0,1]. task: as
-    in Backbone.read_prompt. An "ap" model's prompt is the padded image. tile: edge of square tiles
-    in pixels, rounded up to the model's multiple, so that memory stays bounded; None runs the image
-    whole. overlap: pixels that neighbours share, more than twice model.context; the default suits
-    the backbone. report(done, tiles) is called after each tile. Returns y: (N,3,H,W).
+    x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3), uint8 or floats in
+    [0,1]; a PIL image, or a file's path: for both an upright RGB image of PIL comes out. Floats come
+    out as the network made them, not clamped. Raises ValueError for other shapes and ranges.
+    task: a name of TASKS, or as in Backbone.read_prompt; only "ep" models read it.
+    tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
+    bounded; None runs the picture whole. overlap: pixels that neighbours share, more than twice
+    model.context; the default suits the backbone. report(done, tiles) is called after each tile.
+
+    model is put into eval mode for the time of the call, and back, also after an exception. So
+    threads may share a model that is in eval mode already, which is then only read; but no other
+    thread may train it meanwhile, or call train() or eval().
     """
+    if isinstance(task, str):
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+        task = torch.tensor([TASKS.index(task)])                                # (1,)
+    x, as_given = to_batch(x, next(model.parameters(), None))
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
-    was_training = model.training
+    # A network's own output may leave [0,1] a little; 0 .. 255 is far outside.
+    if not x.is_floating_point() or not x.is_meta and x.abs().max() > 2:
+        raise ValueError(f"restore takes floats in [0,1], not {x.dtype} up to {x.max():g}; "
+                         "divide by 255")
+    if task is not None:
+        task = task.to(x.device)
+    modes = {module: module.training for module in model.modules()}
     model.eval()
+    try:
+        return as_given(restore_batch(model, x, task, tile, overlap, report))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def restore_batch(model, x, task, tile, overlap, report):
+    """`restore` of (N,3,H,W) by a model in eval mode: pads, runs, cuts back.
+
+    model: a backbone, or any network called as model(x, task); what it needs may stand in its
+    attributes `multiple`, `overlap` and `context` (see Backbone). An "ap" model's prompt is the
+    padded image.
+    """
     square = getattr(model, "square", False) and tile is None
     padded, top, left = pad_for(x, getattr(model, "multiple", 1), square)
-    try:
-        run = functools.partial(model, task=task)
-        if hasattr(model, "read_prompt"):          # a Backbone reads its prompt once for all tiles
-            run = functools.partial(model, prompt=read_prompt_of_any_size(model, padded, task))
-        if tile is None:
-            y = run(padded)
-        else:
-            y = restore_tiled(model, run, padded, tile, overlap, report)
-    finally:
-        model.train(was_training)
+    run = functools.partial(model, task=task)
+    if hasattr(model, "read_prompt"):              # a Backbone reads its prompt once for all tiles
+        run = functools.partial(model, prompt=read_prompt_of_any_size(model, padded, task))
+    if tile is None:
+        y = run(padded)
+    else:
+        y = restore_tiled(model, run, padded, tile, overlap, report)
     return y[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
 # ==================================================================================================
 # Not in the paper: pictures too large for the memory, files, and the names of published weights.
 # ==================================================================================================
+
+# ---- Kinds of pictures ---------------------------------------------------------------------------
+
+def to_batch(x, like):
+    """What `restore` is given -> (the same as (N,3,H,W), a function that turns a result of that
+    shape into the kind it came from). Pictures go to the device and type of the tensor `like`.
+    numpy and pillow are imported here, so that who has tensors needs torch alone."""
+    if torch.is_tensor(x):
+        return (x[None], lambda y: y[0]) if x.ndim == 3 else (x, lambda y: y)
+    import numpy as np
+    from PIL import Image, ImageOps
+    if isinstance(x, (str, Path)):
+        with Image.open(x) as image:
+            return to_batch(image, like)
+    if isinstance(x, Image.Image):
+        if x.mode[0] in "IF":                      # 16 bits or more: pillow would cut them at 255
+            raise ValueError(f"restore takes images of 8 bits, not of mode {x.mode}")
+        pixels, back = to_batch(np.asarray(ImageOps.exif_transpose(x).convert("RGB")), like)
+        return pixels, lambda y: Image.fromarray(back(y))
+    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] != 3 or x.dtype.kind not in "uf":
+        what = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise ValueError("restore takes a path, a PIL image, a tensor, or an array (H,W,3) of "
+                         f"uint8 or floats, not {what}")
+    full = 255 if x.dtype == np.uint8 else 1       # floats beyond [0,1] are for restore to refuse
+
+    def back(y):
+        y = y[0].permute(1, 2, 0).float().cpu()                                 # (H,W,3)
+        if full == 255:
+            y = (y * 255).round().clamp(0, 255)
+        return y.numpy().astype(x.dtype)
+    pixels = torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None]
+    return pixels if like is None else pixels.to(like), back
+
 
 # ---- Tiles and strips: bounded memory for pictures of any size -----------------------------------
 
@@ -890,8 +955,8 @@ def restore_tiled(model, run, x, tile, overlap, report):
     overlap = getattr(model, "overlap", 64) if overlap is None else overlap
     tile = math.ceil(tile / multiple) * multiple
     if not 2 * context < overlap < tile:
-        raise ValueError(f"overlap must lie between {2 * context + 1} and {tile - 1}, "
-                         f"not {overlap}")
+        raise ValueError(f"tile must be more than overlap, and overlap more than {2 * context}: "
+                         f"not {tile} and {overlap}")
     h, w = x.shape[2:]
     y, total = torch.zeros_like(x), torch.zeros_like(x[:1, :1])                 # (1,1,H,W)
     corners = [(top, left) for top in tile_starts(h, tile, overlap)
@@ -961,13 +1026,20 @@ def mean_by_strips(extract, p, rows=64):
 def load_model(path, weights="raw", device="cpu", prompts=None):
     """A model from a file: one of ours, or one published with the paper. Returns (model, info).
 
-    weights: "raw" (what the paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
+    path: a file; or the folder of a run, which stands for its last.pt. weights: "raw" (what the
+    paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
     info: {"arch", "prompt", "sizes", "published", ...}; ours adds what train.py stored beside it.
+    A bare state_dict, of our names or the published ones, is taken to be of the paper's size; it
+    may lie in {"params"}, {"state_dict"} or {"model"}, its names after module., net., _orig_mod.
     Read with weights_only=True, so that a file can hold numbers but can't run code.
     Raises ValueError with one line that names the file and what is wrong with it.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "last.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: No such file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:              # torch raises a dozen kinds for torn, foreign and hostile files
@@ -979,7 +1051,7 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
         if "mioir" in saved:
             model, info = _load_own(saved, weights)
         else:
-            model, info = _load_published(saved, weights, prompts)
+            model, info = _load_bare(saved, weights, prompts)
     except KeyError as error:
         raise ValueError(f"{path}: key {error} is missing") from None
     except (ValueError, AttributeError, TypeError, RuntimeError) as error:
@@ -999,9 +1071,15 @@ def _load_own(saved, weights):
     return model, {**info, "published": False}
 
 
-def _load_published(saved, weights, prompts):
-    """(model, info) of a checkpoint of the paper's authors, told by its keys."""
+def _load_bare(saved, weights, prompts):
+    """(model, info) of weights alone, told by their keys: ours, or of the paper's authors."""
     state = _unwrap(saved, weights)
+    for arch, mark in _OWN_MARKS.items():
+        if mark in state:
+            prompt = _kind_of_prompt(state, "path.extract.0.conv1.weight")
+            sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
+            return _load_own({"mioir": 1, "arch": arch, "prompt": prompt, "sizes": sizes,
+                              weights: state}, weights)
     arch, prompt = _identify(state)
     if prompt == "ep" and prompts is None:
         raise ValueError("a published 'ep' model needs the prompt images it was trained with, and "
@@ -1028,12 +1106,16 @@ def load_official(model, state_dict, prompts=None):
 
 
 def _unwrap(saved, weights="raw"):
-    """Out of {"params", "params_ema"}, the "module." prefix, and buffers that the sizes imply."""
-    saved = saved.get("params" if weights == "raw" else "params_ema", saved)
+    """Out of wrappers as {"params", "params_ema"}, prefixes, and buffers that the sizes imply."""
+    if weights == "ema" and "params_ema" not in saved:
+        raise ValueError("holds no moving average of the weights (EMA): leave --weights ema out")
+    names = ("params", "state_dict", "model") if weights == "raw" else ("params_ema",)
+    for name in names:
+        saved = saved.get(name, saved)
     state = {}
     for key, value in saved.items():
         if not key.endswith(("relative_position_index", "attn_mask")):
-            state[key.removeprefix("module.")] = value
+            state[re.sub(r"^((module|net|_orig_mod)\.)+", "", key)] = value
     return state
 
 
@@ -1041,15 +1123,24 @@ def _unwrap(saved, weights="raw"):
 _MARKS = {"promptir": "prompt1.prompt_param", "restormer": "latent.0.attn.temperature",
           "uformer": "input_proj.proj.0.weight", "swinir": "conv_after_body.weight",
           "srresnet": "conv_hr.weight", "classifier": "CondNet.0.weight"}
+# The same by our own names, of which the published files have none.
+_OWN_MARKS = {"promptir": "interact.0.generate.components", "restormer": "embed.weight",
+              "uformer": "input.weight", "swinir": "norm_first.weight",
+              "srresnet": "blocks.0.conv1.weight", "classifier": "features.0.weight"}
+
+
+def _kind_of_prompt(state, *names):
+    """"ep", "ap" or None, by the first convolution of F_ext: (64,1,7,7) reads grey prompt images,
+    (64,3,7,7) the degraded image. names: how it may be called."""
+    for name in names:
+        if name in state:
+            return {1: "ep", 3: "ap"}[state[name].shape[1]]
 
 
 def _identify(state):
     for arch, mark in _MARKS.items():
         if mark in state:
-            for name in ("F_ext_net.conv1.weight", "F_ext_net1.conv1.weight"):
-                if name in state:                  # (64,1,7,7) reads grey prompts; 3: the image
-                    return arch, {1: "ep", 3: "ap"}[state[name].shape[1]]
-            return arch, None
+            return arch, _kind_of_prompt(state, "F_ext_net.conv1.weight", "F_ext_net1.conv1.weight")
     first = ", ".join(map(str, list(state)[:3])) or "nothing"
     raise ValueError(f"none of the published models: its keys begin with {first}")
 

@@ -146,7 +146,7 @@ def test_load_official_is_strict_and_names_the_key(change, words):
     (lambda: build_model("promptir", "ep"), "prompts of its own"),
     (lambda: build_model("srresnet", depth=3), "depth"),
     (lambda: small("srresnet", "ep")(torch.rand(1, 3, 8, 8)), "task"),
-    (lambda: restore(small("srresnet"), torch.rand(3, 8, 8)), "(N,3,H,W)"),
+    (lambda: restore(small("srresnet"), torch.rand(4, 8, 8)), "(N,3,H,W)"),
     (lambda: load_official(build_model("srresnet", "ep"), published_state("srresnet-ep"), torch.rand(6, 128, 128)),
      "(7, 128, 128)"),
 ])

@@ -277,13 +277,18 @@ BAD_REQUESTS = {
     "auto without a classifier": (["--task", "auto", "--classifier", "nothing.pt"], ["nothing.pt", "--classifier"]),
     "a restorer as classifier": (["--task", "auto", "--classifier", "ep.pt"], ["not a task classifier"]),
     "an ending that is no picture's": (["--output", "out.doc"], ["out.doc", ".png"]),
-    "a folder for one picture": (["--interpolate", "noise,jpeg", "--output", "pictures"], ["pictures", ".png"]),
-    "a picture for a table": (["--input", "", "--testsets", ".", "--output", "sets.png"], ["sets.png", ".json"]),
+    "a folder for one picture": (["--output", "pictures"], ["pictures", ".png"]),
+    "a picture for a table": (["--input", "", "--task", "", "--testsets", ".", "--output", "sets.png"], ["sets.png", ".json"]),
     "negative tile": (["--tile", "-3"], ["--tile"]),
-    "tile too small for its overlap": (["--tile", "8"], ["overlap"]),
+    "tile too small for its overlap": (["--tile", "32"], ["--tile 32", "at least 81"]),
     "prompts that are no file": (["--prompts", "nothing.npy"], ["nothing.npy"]),
-    "interpolation between unknowns": (["--interpolate", "fog,noise"], ["fog"]),
-    "interpolation of one": (["--interpolate", "noise"], ["--interpolate"]),
+    "interpolation between unknowns": (["--task", "", "--interpolate", "fog,noise"], ["fog"]),
+    "interpolation of one": (["--task", "", "--interpolate", "noise"], ["--interpolate A,B needs"]),
+    "negative weights": (["--task", "noise:-1,jpeg:2"], ["negative"]),
+    "weights of nothing": (["--task", "noise:0"], ["all zero"]),
+    "a weight that is no number": (["--task", "noise:nan"], ["--task noise:nan"]),
+    "a missing picture": (["--input", "nothing.png"], ["--input nothing.png: No such file"]),
+    "a classifier that is not asked": (["--classifier", "classifier.pt"], ["--classifier", "auto"]),
     "weights that are neither": (["--weights", "best"], ["best", "ema"]),
 }
 
@@ -363,7 +368,9 @@ def test_the_test_set_table(files, written, capsys):
     said = capsys.readouterr()
     assert "Toled_val" in said.err and "In-Dis average" in said.out and "Out-Dis average" in said.out
     report = json.loads((written / "report.json").read_text())
-    assert report["paper"]["rain"] == 34.31                     # SRResNet-S+EP
+    assert report["paper"] == {} and "paper" not in said.out    # another model, other images: not to be compared
+    assert report["gain"]["rain"] == pytest.approx(report["psnr"]["rain"] - report["psnr_in"]["rain"])
+    assert "PSNR in" in said.out and "gain" in said.out and report["images"]["rain"] == 3
     model, _ = mioir.load_model(files / "ep.pt")
     scores = []
     for name in ("a", "b", "more_c"):
@@ -373,16 +380,16 @@ def test_the_test_set_table(files, written, capsys):
     assert report["psnr"]["rain"] == pytest.approx(np.mean(scores), abs=1e-6)
     average = np.mean([report["psnr"][task] for task in TASKS])
     assert report["psnr"]["In-Dis"] == pytest.approx(average)
-    run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average, "--output", written / "r.json")
+    run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average, "--output", written / "r.json", "--overwrite")
     line = refused(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average + 1,
-                   "--output", written / "r.json")
+                   "--output", written / "r.json", "--overwrite")
     assert f"{average:.2f}" in line
 
 
 def test_the_published_protocol_runs_pictures_whole_and_says_so_where_memory_lacks(files, written, tmp_path, monkeypatch):
     """Above a megapixel, too, where one's own photos are tiled."""
     tiles, real = [], evaluation.restore
-    monkeypatch.setattr(evaluation, "auto_tile", lambda x: 32)
+    monkeypatch.setattr(evaluation, "auto_tile", lambda h, w: 32)
     monkeypatch.setattr(evaluation, "restore", lambda model, x, task, tile, **more: tiles.append(tile) or real(model, x, task, **more))
     argv = (files / "ep.pt", "--testsets", written / "sets", "--oracle", "--overwrite", "--output", tmp_path / "r.json")
     run(*argv)
