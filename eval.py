@@ -629,8 +629,8 @@ def table(args, model, info, device):
 
     Not to be compared with the paper's table: other images, and other draws from the same ranges.
     """
-    images = load_images(args)
     strips = result_path(args, "strips.png")
+    images = load_images(args)
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
     for split, title, note in (("in", "In-Dis", ""),
                                ("out", "Out-Dis", " (sr: ranges not published)")):
@@ -655,8 +655,8 @@ def prompt_matrix(args, model, info, device):
     """
     if model.prompt != "ep":
         raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
-    images = load_images(args)
     path = result_path(args, "prompts.png")
+    images = load_images(args)
     pairs = validation_pairs(images, "in", args.seed)
     before = input_psnr(pairs)
     rows = []
@@ -841,7 +841,7 @@ def choose_prompt(name, model, info):
 
 
 def leave_alone(source, target, picture, original):
-    """The picture as it was: a copy of its file; or its pixels, where another format is asked for."""
+    """The picture as it was: a copy of its file, or its pixels in the other format asked for."""
     if FORMATS.get(source.suffix.lower()) != FORMATS[target.suffix.lower()]:
         save_picture(target, picture, original)
         return

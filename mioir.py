@@ -851,8 +851,8 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
     x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3), uint8 or floats in
-    [0,1]; a PIL image, or a file's path: for both an upright RGB image of PIL comes out. Floats come
-    out as the network made them, not clamped. Raises ValueError for other shapes and ranges.
+    [0,1]; a PIL image, or a file's path: for both an upright RGB image of PIL comes out. Floats
+    come out unclamped, as the network made them. Raises ValueError for other shapes and ranges.
     task: a name of TASKS, or as in Backbone.read_prompt; only "ep" models read it.
     tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
     bounded; None runs the picture whole. overlap: pixels that neighbours share, more than twice
