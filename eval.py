@@ -47,9 +47,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
-from degrade import (RANGES, OneLineParser, dead_leaves, degrade, find_depths, gaussian_taps,
-                     list_images, open_image, read_depth, read_image, seeded, time_left,
-                     to_image, to_rgb, to_tensor, whole_file)
+from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, find_depths,
+                     gaussian_taps, list_images, open_image, read_depth, read_image, seeded,
+                     time_left, to_image, to_rgb, to_tensor, whole_file)
 from mioir import ANSWERS, TASKS, TaskClassifier, load_model, restore
 
 
@@ -167,14 +167,14 @@ def clean_pairs(images, seed=0):
     for k, (gt, _) in enumerate(images):
         image = Image.fromarray(to_image(gt))
         if k % 3 == 1:
-            file = io.BytesIO()
+            file = io.BytesIO()                            # a file in memory
             image.save(file, "JPEG", quality=95)
             image = Image.open(file)
         if k % 3 == 2:
             factor = 0.7 + 0.3 * torch.rand((), generator=seeded("clean", seed, k)).item()
             smaller = round(image.width * factor), round(image.height * factor)
             image = image.resize(smaller, Image.Resampling.LANCZOS)
-        pairs.append((to_tensor(to_rgb(image)),) * 2)
+        pairs.append((to_tensor(to_rgb(image)),) * 2)      # (1,3,H,W), twice the same
     return pairs
 
 
@@ -316,7 +316,7 @@ def confusion(classifier, pairs, device):
         ...                                         the diagonal's share of its row.
     """
     classifier.eval()
-    answers = classifier.answers
+    answers = classifier.answers                           # the tasks, perhaps "none" after them
     matrix = np.zeros((len(answers), len(answers)), int)
     accuracy = {}
     for task, examples in pairs.items():
@@ -467,7 +467,7 @@ def score_set(pairs, model, task, classifier, device, tile):
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
         h = min(gt.shape[0], y.shape[0])
         w = min(gt.shape[1], y.shape[1])
-        before, y, gt = to_image(lq)[:h, :w], y[:h, :w], gt[:h, :w]
+        before, y, gt = to_image(lq)[:h, :w], y[:h, :w], gt[:h, :w]    # (h,w,3) uint8 each
         db, db_in = psnr(y, gt), psnr(before, gt)
         scores.append([db, ssim(y, gt), db_in, db - db_in])
     return np.mean(scores, 0).tolist()
@@ -519,14 +519,18 @@ def prompt_chooser(args, model, info, device):
 
 def comparable_figures(args, info, counts):
     """paper_figures, as far as they may stand beside ours: for a model of the paper's size, and for
-    sets and groups that are here as published. A set of In-Dis or Out-Dis has 100 images; of the
-    Unknown ones we only know that they are five. counts: {set: number of images here}."""
+    sets and groups that are here as published. A difference from other images, or of another
+    network, looks like a result and is none.
+
+    A set of In-Dis or Out-Dis has 100 images; of the Unknown ones we only know that they are five.
+    counts: {set: number of images here}.
+    """
     incomplete = set()
     for name, (group, *_) in TESTSETS.items():
         if name not in counts or group != "Unknown" and counts[name] != 100:
-            incomplete |= {name, group}
+            incomplete |= {name, group}                                # and so is the group's mean
     figures = paper_figures(info["arch"], schedule_of(args, info), info["prompt"])
-    if info["sizes"]:                                                  # of its own: not the paper's
+    if info["sizes"]:                  # what differs from the paper's network: a smaller one
         return {}
     return {name: figure for name, figure in figures.items() if name not in incomplete}
 
@@ -563,7 +567,7 @@ def testsets(args, model, info, device):
     convention = f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, {told}"
     header = ["set", "PSNR in", "out", "gain", "SSIM", *(["paper", "difference"] if paper else [])]
     print(markdown(header, testset_rows(scores, paper)) + f"\n\n{convention}")
-    columns = {}
+    columns = {}                                                       # {column: {set: number}}
     for k, column in enumerate(("psnr", "ssim", "psnr_in", "gain")):
         columns[column] = {name: score[k] for name, score in scores.items()}
     report.write_text(json.dumps({"checkpoint": str(args.checkpoint), "convention": convention,
@@ -613,19 +617,25 @@ def load_images(args):
 
 
 def learned(info):
-    """The set of tasks that a checkpoint of train.py has met; all, where a file does not say so."""
+    """The set of tasks that a checkpoint of train.py has met; all, where a file does not say so.
+
+    Its facts list each stage's tasks, the stages to come included; "stage" counts those that are
+    over, so that order[stage] is the one in training, if any.
+    """
     stages = info.get("facts", {}).get("order") or [TASKS]
     return {task for stage in stages[:info.get("stage", len(stages)) + 1] for task in stage}
 
 
 def titles(info):
-    """{task: what a table calls it}: a model can't be blamed for a task it has not learned."""
+    """{task: what a table calls it}. A poor figure on a task that was never trained is no fault of
+    the model's, and the reader should see which is which."""
     known = learned(info)
     return {task: task if task in known else f"{task} (not trained)" for task in TASKS}
 
 
 def table(args, model, info, device):
-    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture.
+    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture. Tasks
+    that the model has not learned are marked; they are in the mean all the same.
 
     Not to be compared with the paper's table: other images, and other draws from the same ranges.
     """
@@ -722,8 +732,8 @@ def interpolate(args, model, device):
 # What can be written. The ending decides; PNG, TIFF and BMP keep every pixel as it was restored.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP",
            ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
-# Below this probability an answer is doubtful: a wrong prompt harms a picture. A guess among seven
-# has 0.14.
+# Below this probability the classifier's answer is doubtful, and a wrong prompt harms a picture.
+# A blind guess among seven tasks has 0.14, among eight answers 0.125.
 DOUBT = 0.6
 
 
@@ -758,7 +768,7 @@ def process_folder(source, args, model, info, classifier, device):
         raise ValueError("--input is a folder: name another one with --output")
     files = list_images([source])
     out = Path(args.output).resolve()
-    if out != source.resolve():                             # its own results are not restored again
+    if source.resolve() in out.parents:                     # its own results are not restored again
         files = [path for path in files if out not in path.resolve().parents]
     bad = []
     start = time.monotonic()
@@ -770,8 +780,8 @@ def process_folder(source, args, model, info, classifier, device):
             said = process_file(path, target, args, model, info, classifier, device)
             left = time_left(start, count, len(files))
             print(f"{count}/{len(files)} {said} | {left}", flush=True)
-        except (ValueError, OSError) as error:
-            named = str(error).startswith(str(path))
+        except (ValueError, OSError) as error:              # this file's fault: the next one
+            named = str(error).startswith(str(path))        # as open_image's are
             bad.append(error if named else f"{path}: {error}")
     for error in bad:
         print(f"failed: {error}", file=sys.stderr)
@@ -781,7 +791,12 @@ def process_folder(source, args, model, info, classifier, device):
 
 
 def process_file(source, target, args, model, info, classifier, device):
-    """One file to one file of the same size; returns what is worth saying about it, in a line."""
+    """One file to one file of the same size; returns what is worth saying about it, in a line.
+
+    Whatever takes memory that grows with the picture stands inside the guard, so that one picture
+    too large for this machine can't end a folder.
+    """
+    # Both names are asked for before minutes of work, not after.
     comparison = target.with_name(target.stem + "_compare.png")
     for path in (target, comparison) if args.compare else (target,):
         check_free(path, args)
@@ -794,54 +809,53 @@ def process_file(source, target, args, model, info, classifier, device):
         x = to_tensor(picture)                                         # (1,3,H,W)
         name, alone = args.task, False
         if classifier is not None:
-            name, note, alone = ask_classifier(classifier, x, device)
+            name, alone, note = ask_classifier(classifier, x, device)
             notes.append(note)
         if alone:
             leave_alone(source, target, picture, original)
-            return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
-        task, note = choose_prompt(name, model, info)
-        if tile > 0:
-            note.append(f"in tiles of {tile}")
-        y = restored(model, x, task, device, tile)                     # (H,W,3) uint8
-        save_picture(target, y, original)
-    if args.compare:
-        compare_picture(comparison, picture, y)
-    return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes, *note])
+        else:
+            task, more = choose_prompt(name, model, info)              # (1,7) or None
+            notes += more
+            if tile > 0:
+                notes.append(f"in tiles of {tile}")
+            y = restored(model, x, task, device, tile)                 # (H,W,3) uint8
+            save_picture(target, y, original)
+            if args.compare:
+                compare_picture(comparison, picture, y)
+    return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
 
 
 def ask_classifier(classifier, x, device):
-    """(task, what to say about it, whether the picture is better left as it is).
+    """(task, whether the picture is better left as it is, what to say about both).
 
-    "Do no harm": a classifier that can answer "none" is believed when it does, and when it is in
-    doubt nothing is touched. The published one has to name a damage; there a doubt is only said.
+    A picture that is fine must stay so. A classifier that can answer "none" is believed when it
+    does, and where it is in doubt nothing is touched either: a picture left as it was can be
+    restored later. The published classifier has to name a damage; there a doubt is only said.
     """
     name, sure = classify(classifier, x, device)
     note = f"task {name}, {100 * sure:.0f} % sure"
-    if "none" not in classifier.answers:
-        if sure < DOUBT:
-            note += " - low: look at it, or name the task with --task"
-        return name, note, False
-    if name == "none":
-        note = "nothing found"
-    elif sure < DOUBT:
-        note += ", which is too little"
-    else:
-        return name, note, False
-    return name, f"{note}: left as it is; --task NAME forces one", True
+    if "none" in classifier.answers and (name == "none" or sure < DOUBT):
+        found = "nothing found" if name == "none" else f"{note}, too little"
+        return name, True, f"{found}: left as it is; --task NAME forces one"
+    if sure < DOUBT:
+        note += " - low: look at it, or name the task with --task"
+    return name, False, note
 
 
 def choose_prompt(name, model, info):
-    """((1,7) weights or None, [what to say about it]) for a task's name or mixture."""
+    """((1,7) weights or None, [what to say about them]) for the name of a task or a mixture, or
+    "auto" for a model that takes no prompt. What has no effect, or no good one, is said."""
     if model.prompt != "ep":
-        said = name != "auto"
-        return None, ["--task ignored: this model takes no prompt"] if said else []
-    task = parse_task(name)
+        return None, [] if name == "auto" else ["--task ignored: this model takes no prompt"]
+    task = parse_task(name)                                            # (1,7)
+    # A prompt that training never used is an image like any other: what it does is not known.
     strange = [TASKS[k] for k in task[0].nonzero()[:, 0] if TASKS[k] not in learned(info)]
     return task, [f"warning: this model has not learned {', '.join(strange)}"] if strange else []
 
 
 def leave_alone(source, target, picture, original):
-    """The picture as it was: a copy of its file, or its pixels in the other format asked for."""
+    """The picture as it was: a copy of its file, with all that save_picture would drop; or its
+    pixels, where another format is asked for."""
     if FORMATS.get(source.suffix.lower()) != FORMATS[target.suffix.lower()]:
         save_picture(target, picture, original)
         return
@@ -889,7 +903,8 @@ def auto_tile(h, w):
 
 
 def check_tile(args, model):
-    """Raises ValueError for a --tile that is no larger than what neighbouring tiles share."""
+    """Raises ValueError before any work for a --tile no larger than what neighbouring tiles share:
+    no pixel of it would be its own, so the tiles would never come to the end of a picture."""
     least = model.overlap // model.multiple * model.multiple + 1       # restore rounds it up
     if args.tile and args.tile < least:
         raise ValueError(f"--tile {args.tile} is too small for this model: at least {least}, or 0 "
@@ -919,8 +934,9 @@ def memory_errors_explained(h, w, tile):
 
 def tile_reporter():
     """A function report(done, tiles) that says how far a large picture is: to a person at a
-    terminal after each tile, to a log file every 30 s."""
-    start = said = time.monotonic()
+    terminal after each tile, to a log file every 30 s, so that who reads it later can tell a slow
+    run from a dead one, and is not told of ten thousand tiles."""
+    start = said = time.monotonic()                            # said: when it last spoke
 
     def report(done, tiles):
         nonlocal said
@@ -1024,7 +1040,10 @@ def strip_picture(path, header, rows, edge=192):
 
 
 def compare_picture(path, before, after):
-    """before | after, each whole and in its own shape, shrunk to a longer side of 1200 at most."""
+    """before | after, each whole and in its own shape, shrunk to a longer side of 1200 at most.
+
+    A person compares pictures; what a task does to pixels is for strip_picture to show.
+    """
     left, right = Image.fromarray(before), Image.fromarray(after)
     for image in (left, right):
         image.thumbnail((1200, 1200))                          # keeps the shape, never enlarges
@@ -1194,7 +1213,7 @@ def result_path(args, name):
     folder = Path() if args.checkpoint == MODEL else Path(args.checkpoint).parent
     path = Path(args.output or folder / name)
     check_ending(path, [".json"] if name.endswith(".json") else FORMATS)
-    number = 2
+    number = 2                                               # the first was without a number
     while not args.output and path.exists() and not args.overwrite:
         path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
         number += 1
@@ -1207,6 +1226,18 @@ def check_ending(path, kinds):
     """Raises ValueError before any work is done, where the result could not be written."""
     if path.suffix.lower() not in kinds:
         raise ValueError(f"--output {path}: the ending must be one of {' '.join(kinds)}")
+
+
+def checkpoint_file(path):
+    """The file meant by CKPT, for which people also type a run's folder, or a picture's name alone.
+    Raises ValueError for the latter, with the command that was meant."""
+    if path.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: "
+                         f"python eval.py --input {path}")
+    if path.is_dir():
+        path = path / "last.pt"
+        progress(f"a folder: takes its {path}")
+    return path
 
 
 def check_export(args):
@@ -1253,20 +1284,24 @@ def read_prompts(path):
 # What a command does is the first of these that is given, with none of them the table; and what
 # other flags that reads. Any other flag would be passed over in silence: it is refused.
 READS = {
-    "export": (),
-    "interpolate": ("input", "steps", "tile", "output"),
-    "input": ("task", "classifier", "compare", "tile", "output"),
+    "export": (),                                                      # weights to a small file
+    "interpolate": ("input", "steps", "tile", "output"),               # one picture, many prompts
+    "input": ("task", "classifier", "compare", "tile", "output"),      # one's own pictures
     "testsets": ("oracle", "expect", "tolerance", "classifier", "tile", "output"),
-    "prompt_matrix": ("images", "depth", "seed", "output"),
-    "table": ("images", "depth", "seed", "output"),
+    "prompt_matrix": ("images", "depth", "seed", "output"),            # every prompt on every task
+    "table": ("images", "depth", "seed", "output"),                    # in, out, gain of each task
 }
 READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
 
 
 def check_flags(parser, argv, args):
-    """Sets args.mode; ends the command where a flag is given that this mode does not read."""
+    """Sets args.mode; ends the command where a flag is given that this mode does not read.
+
+    Who adds --expect 30 and forgets --testsets would believe a check that never ran.
+    """
     args.mode = next(mode for mode in READS if mode == "table" or getattr(args, mode))
     # argparse sets no default where something is: what is still None was not given.
+    # (A comparison with the defaults would not tell --seed 0 from no --seed.)
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     for name, value in vars(given).items():
         if value not in (None, "") and name not in (args.mode, *READS[args.mode], *READ_BY_ALL):
@@ -1343,14 +1378,9 @@ def run(args):
     """
     if args.max_pixels:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
-    if Path(args.checkpoint).suffix.lower() in FORMATS:
-        raise ValueError(f"{args.checkpoint} is a picture, not a checkpoint; to restore it: "
-                         f"python eval.py --input {args.checkpoint}")
-    if Path(args.checkpoint).is_dir():
-        args.checkpoint = Path(args.checkpoint) / "last.pt"
-        progress(f"a folder: takes its {args.checkpoint}")
+    args.checkpoint = checkpoint_file(Path(args.checkpoint))
     if args.export:
-        check_export(args)
+        check_export(args)                                   # before anything is loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(args.prompts) if args.prompts else None
     model, info = load_model(args.checkpoint, args.weights, device, prompts)

@@ -8,7 +8,7 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     y = model(x, task=torch.tensor([TASKS.index("rain")])) # x, y: (1,3,H,W) in [0,1], H and W / 8
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("assets/srresnet.pt")         # a checkpoint rebuilds its own model
-    restore(model, "photo.jpg", "noise").save("out.png")   # a path, PIL image, array or tensor
+    restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
@@ -865,7 +865,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     if isinstance(task, str):
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-        task = torch.tensor([TASKS.index(task)])                                # (1,)
+        task = torch.tensor([TASKS.index(task)])               # (1,): one for all of a batch
     x, as_given = to_batch(x, next(model.parameters(), None))
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
@@ -875,8 +875,9 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
                          "divide by 255")
     if task is not None:
         task = task.to(x.device)
+    # Each module's own mode: model.train() would also wake a part that someone keeps in eval mode.
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.eval()                                   # drop path is for training
     try:
         return as_given(restore_batch(model, x, task, tile, overlap, report))
     finally:
@@ -915,18 +916,22 @@ def to_batch(x, like):
     shape into the kind it came from). Pictures go to the device and type of the tensor `like`.
     numpy and pillow are imported here, so that who has tensors needs torch alone."""
     if torch.is_tensor(x):
-        return (x[None], lambda y: y[0]) if x.ndim == 3 else (x, lambda y: y)
+        if x.ndim == 3:                            # (3,H,W)
+            return x[None], lambda y: y[0]
+        return x, lambda y: y
     import numpy as np
     from PIL import Image, ImageOps
     if isinstance(x, (str, Path)):
-        with Image.open(x) as image:
+        with Image.open(x) as image:               # a missing or torn file is pillow's to name
             return to_batch(image, like)
     if isinstance(x, Image.Image):
         if x.mode[0] in "IF":                      # 16 bits or more: pillow would cut them at 255
             raise ValueError(f"restore takes images of 8 bits, not of mode {x.mode}")
+        # Cameras store pictures as the sensor lay, and how to turn them in EXIF.
         pixels, back = to_batch(np.asarray(ImageOps.exif_transpose(x).convert("RGB")), like)
         return pixels, lambda y: Image.fromarray(back(y))
-    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] != 3 or x.dtype.kind not in "uf":
+    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] != 3 or (
+            x.dtype != np.uint8 and x.dtype.kind != "f"):
         what = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
         raise ValueError("restore takes a path, a PIL image, a tensor, or an array (H,W,3) of "
                          f"uint8 or floats, not {what}")
@@ -934,7 +939,7 @@ def to_batch(x, like):
 
     def back(y):
         y = y[0].permute(1, 2, 0).float().cpu()                                 # (H,W,3)
-        if full == 255:
+        if full == 255:                            # as the protocol rounds: see eval.restored
             y = (y * 255).round().clamp(0, 255)
         return y.numpy().astype(x.dtype)
     pixels = torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None]
@@ -963,7 +968,7 @@ def restore_tiled(model, run, x, tile, overlap, report):
                for left in tile_starts(w, tile, overlap)]
     for count, (top, left) in enumerate(corners, 1):
         window = (..., slice(top, top + tile), slice(left, left + tile))
-        part = x[window]
+        part = x[window]                                                        # (N,3,tile,tile)
         down = trapezoid(top, part.shape[2], h, overlap, context, x)
         across = trapezoid(left, part.shape[3], w, overlap, context, x)
         weight = down[:, None] * across                                         # (tile,tile)
@@ -994,10 +999,10 @@ def trapezoid(start, length, size, overlap, context, like):
 
 def read_prompt_of_any_size(model, x, task):
     """model.read_prompt, also where a photo as its own prompt is too large or too small for it."""
-    if model.prompt != "ap":
+    if model.prompt != "ap":                                   # their prompts are 128 x 128
         return model.read_prompt(x, task)
     h, w = x.shape[2:]
-    if h * w > 2 ** 22:
+    if h * w > 2 ** 22:               # 4 megapixels: the first map alone would take 268 MB
         return model.path.scales_and_shifts([mean_by_strips(extract, x)
                                              for extract in model.path.extract])
     return model.read_prompt(reflect_pad(x, 0, max(5 - w, 0), 0, max(5 - h, 0)), task)
@@ -1014,7 +1019,7 @@ def mean_by_strips(extract, p, rows=64):
         size = (size + 2 - conv.kernel_size[0]) // 2 + 1                        # height of the map
     total = 0
     for first in range(0, size, rows):
-        last, above = min(first + rows, size), min(first, 1)
+        last, above = min(first + rows, size), min(first, 1)   # there is no row above the first
         strip = p[:, :, 8 * (first - above):8 * last + 16]
         f = extract.features(strip)[:, :, above:above + last - first]
         total = total + f.mean(3).sum(2)                                        # (N,64)
@@ -1034,7 +1039,7 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
     Read with weights_only=True, so that a file can hold numbers but can't run code.
     Raises ValueError with one line that names the file and what is wrong with it.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir():                        # of a run
         path = Path(path) / "last.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -1049,18 +1054,20 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(saved).__name__}")
     try:
         if "mioir" in saved:
-            model, info = _load_own(saved, weights)
+            model, info = _load_own(saved, weights, prompts)
         else:
             model, info = _load_bare(saved, weights, prompts)
-    except KeyError as error:
+    except KeyError as error:                      # of ours, but not whole
         raise ValueError(f"{path}: key {error} is missing") from None
     except (ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), info
 
 
-def _load_own(saved, weights):
+def _load_own(saved, weights, prompts):
     """(model, info) of a checkpoint of train.py."""
+    if prompts is not None:
+        raise ValueError("holds its own prompt images: --prompts is for published 'ep' models")
     if saved["arch"] == "classifier":
         model = TaskClassifier(**saved["sizes"])
     else:
@@ -1072,14 +1079,19 @@ def _load_own(saved, weights):
 
 
 def _load_bare(saved, weights, prompts):
-    """(model, info) of weights alone, told by their keys: ours, or of the paper's authors."""
+    """(model, info) of weights alone, told by their keys: ours, or of the paper's authors.
+
+    Keys and shapes say which network and which prompt. Nothing says how many blocks of what width
+    there should be, so the paper's sizes are assumed, and _check_names refuses any others.
+    """
     state = _unwrap(saved, weights)
     for arch, mark in _OWN_MARKS.items():
         if mark in state:
-            prompt = _kind_of_prompt(state, "path.extract.0.conv1.weight")
+            # What train.py would have stored beside the weights.
+            prompt = _kind_of_prompt(state, "path.extract.0.conv1.weight")      # or None
             sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
             return _load_own({"mioir": 1, "arch": arch, "prompt": prompt, "sizes": sizes,
-                              weights: state}, weights)
+                              weights: state}, weights, prompts)
     arch, prompt = _identify(state)
     if prompt == "ep" and prompts is None:
         raise ValueError("a published 'ep' model needs the prompt images it was trained with, and "
@@ -1106,16 +1118,20 @@ def load_official(model, state_dict, prompts=None):
 
 
 def _unwrap(saved, weights="raw"):
-    """Out of wrappers as {"params", "params_ema"}, prefixes, and buffers that the sizes imply."""
+    """Out of wrappers, prefixes, and buffers that the sizes imply.
+
+    {"params", "params_ema"} is BasicSR's, {"state_dict"} Lightning's, {"model"} everybody's;
+    module. comes from DistributedDataParallel, _orig_mod. from torch.compile, net. from a wrapper.
+    """
     if weights == "ema" and "params_ema" not in saved:
         raise ValueError("holds no moving average of the weights (EMA): leave --weights ema out")
     names = ("params", "state_dict", "model") if weights == "raw" else ("params_ema",)
     for name in names:
-        saved = saved.get(name, saved)
+        saved = saved.get(name, saved)             # where there is no such wrapper, as it is
     state = {}
     for key, value in saved.items():
         if not key.endswith(("relative_position_index", "attn_mask")):
-            state[re.sub(r"^((module|net|_orig_mod)\.)+", "", key)] = value
+            state[re.sub(r"^((module|net|_orig_mod)\.)+", "", key)] = value     # one or several
     return state
 
 
@@ -1151,17 +1167,19 @@ def _fill(model, state, prompts):
     for name, cls in MODELS.items():
         if type(model) is cls:
             arch = name
-    own, sources, expected = {}, {}, {}
+    own = {}              # our name: our tensor
+    sources = {}          # our name: the one or two published names that it is made of
+    expected = {}         # published name: its shape
     for name, value in model.state_dict().items():
         if name != "prompts":
             own[name], sources[name] = value, published_names(arch, model, name)
-            rows, rest = value.shape[0], value.shape[1:]
+            rows, rest = value.shape[0], value.shape[1:]         # a linear layer's is (rows, cols)
             if len(sources[name]) == 1:
                 expected[sources[name][0]] = (rows, *rest)
             else:                                  # our qkv is their to_q, then their to_kv
                 expected[sources[name][0]] = (rows // 3, *rest)
                 expected[sources[name][1]] = (rows // 3 * 2, *rest)
-    _check_names(expected, _shapes(state))
+    _check_names(expected, _shapes(state))         # all, before the first is copied
     for name, value in own.items():
         value.copy_(torch.cat([state[source] for source in sources[name]]))
     if prompts is not None:
@@ -1188,7 +1206,7 @@ def _check_names(expected, found):
     for name in found:
         if name not in expected:
             faults["unexpected"].append(name)
-    said = []
+    said = []             # five names of each kind: a wrong model has hundreds
     for fault, names in faults.items():
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         if names:
