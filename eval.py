@@ -1,11 +1,11 @@
 """Evaluate a model as the paper does, or restore one's own pictures with it.
 
-    python eval.py --input photo.jpg --output restored.png            # with the shipped model
-    python eval.py runs/demo/last.pt                                  # seven tasks: in, out, gain
-    python eval.py runs/demo/last.pt --input photos/ --output restored/ --task auto --compare
+    python eval.py --input assets/coffee_noisy.png --output restored.png    # the shipped model
+    python eval.py runs/restormer-seq-ep-demo                         # seven tasks: in, out, gain
+    python eval.py runs/restormer-seq-ep-demo --input assets/photos --output restored --compare
     python eval.py Restormer_S_EP.pth --prompts type7.npy --classifier Classifier.pth \\
                    --testsets MiO100                                  # the paper's 19 test sets
-    python eval.py runs/demo/last.pt --prompt-matrix                  # what a wrong prompt costs
+    python eval.py --prompt-matrix                                    # what a wrong prompt costs
 
 The protocol (paper, Section 5.1), each point where it is computed below:
   - images are compared as 8-bit RGB: the output is clamped to [0,1], times 255, rounded (restored);
@@ -29,11 +29,15 @@ Words used throughout
 Sources: Kong, Dong, Zhang, arXiv 2401.03379, Section 5.1, Tables 3 and 4; for the metrics Wang,
 Bovik, Sheikh, Simoncelli 2004 (SSIM) and BasicSR, whose conventions the published figures follow.
 """
+import argparse
 import contextlib
 import ctypes
+import itertools
+import io
 import json
 import math
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -44,10 +48,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
-from degrade import (RANGES, OneLineParser, dead_leaves, degrade, find_depths, gaussian_taps,
-                     list_images, open_image, read_depth, read_image, seeded, time_left,
-                     to_image, to_rgb, to_tensor, whole_file)
-from mioir import TASKS, TaskClassifier, load_model, restore
+from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, find_depths,
+                     gaussian_taps, list_images, open_image, read_depth, read_image, seeded,
+                     time_left, to_image, to_rgb, to_tensor, whole_file)
+from mioir import ANSWERS, TASKS, TaskClassifier, load_model, restore
 
 
 # ---- Metrics (paper, Section 5.1) ----------------------------------------------------------------
@@ -154,6 +158,27 @@ def validation_pairs(images, split="in", seed=0):
     return pairs
 
 
+def clean_pairs(images, seed=0):
+    """[(lq, gt), ...] with nothing to restore, lq = gt, for a classifier that can answer "none".
+
+    Three kinds in turn, as one meets them: the image as it is; a JPEG of quality 95, by pillow's
+    encoder; a smaller copy, by a factor of 0.7 to 1. images: as validation_pairs takes them.
+    """
+    pairs = []
+    for k, (gt, _) in enumerate(images):
+        image = Image.fromarray(to_image(gt))
+        if k % 3 == 1:
+            file = io.BytesIO()                            # a file in memory
+            image.save(file, "JPEG", quality=95)
+            image = Image.open(file)
+        if k % 3 == 2:
+            factor = 0.7 + 0.3 * torch.rand((), generator=seeded("clean", seed, k)).item()
+            smaller = round(image.width * factor), round(image.height * factor)
+            image = image.resize(smaller, Image.Resampling.LANCZOS)
+        pairs.append((to_tensor(to_rgb(image)),) * 2)      # (1,3,H,W), twice the same
+    return pairs
+
+
 def restored(model, lq, task, device, tile=None):
     """What a model makes of one image, as a picture: (1,3,H,W) in [0,1] -> (H,W,3) uint8.
 
@@ -169,11 +194,10 @@ def restored(model, lq, task, device, tile=None):
     if task is not None:
         task = task.to(device)
     if tile is None:
-        tile = auto_tile(lq)                               # 0 or 512
-    start = time.monotonic()
-    with memory_errors_explained(lq, tile):
+        tile = auto_tile(*lq.shape[2:])                    # 0 or 512
+    with memory_errors_explained(*lq.shape[2:], tile):
         y = restore(model, lq.to(device), task, tile or None,     # restore says None for whole
-                    report=lambda done, tiles: show_tiles(start, done, tiles))
+                    report=tile_reporter())
         # Section 5.1: clamped, times 255, rounded. A network's output may leave [0,1].
         return to_image(y)
 
@@ -232,35 +256,39 @@ CLASSIFIER = MODEL.with_name("classifier.pt")
 
 
 def parse_task(text):
-    """"noise" or "noise:0.7,jpeg:0.3" -> (1,7) weights in the order of TASKS.
+    """"noise" or "noise:0.7, jpeg:0.3" -> (1,7) weights in the order of TASKS, with a sum of 1.
 
     The prompt is then w_1 P_1 + ... + w_7 P_7: the prompt IMAGES are mixed, before F_ext encodes
-    them; F_ext is not linear, so mixing the encoded prompts would give something else. A task alone
-    is the mixture with one weight of 1. The weights are used as given, they need not add up to one.
-    Raises ValueError with the mend.
+    them; F_ext is not linear, so mixing the encoded prompts would give something else. Training saw
+    single prompts alone, a sum of 1; so weights are divided by theirs, and "noise,jpeg" is half and
+    half. Raises ValueError with the mend.
     """
     weights = torch.zeros(1, len(TASKS))
-    for part in text.split(","):
-        name, _, weight = part.partition(":")
+    for part in text.lower().split(","):
+        name, _, weight = part.replace(" ", "").partition(":")
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}: choose auto, one of {', '.join(TASKS)}, or a "
                              "mixture such as noise:0.7,jpeg:0.3")
         try:
-            weights[0, TASKS.index(name)] = float(weight or 1)         # "noise" alone has weight 1
+            weights[0, TASKS.index(name)] += float(weight or 1)        # "noise" alone has weight 1
         except ValueError:
             raise ValueError(f"--task {text}: {weight!r} is not a number") from None
-    return weights
+    total = weights.sum().item()
+    if weights.min() < 0 or not 0 < total < math.inf:                  # NaN fails, too
+        raise ValueError(f"--task {text}: weights can't be negative, infinite or all zero")
+    return weights / total
 
 
 @torch.no_grad()
-def classify(classifier, x, device):
-    """(name of the task, its probability) for one image (1,3,H,W), seen from border to border.
+def classify(classifier, x, device, damaged=False):
+    """(name of the task, its probability) for one image (1,3,H,W), seen from border to border. The
+    name may be "none" where the classifier knows that answer, unless the image is known as damaged.
 
     The classifier is a function of blocks: two convolutions of 3 x 3 with stride 3 turn each block
     of 9 x 9 pixels into 32 numbers, no two blocks overlap, and their mean is classified. So a large
     picture can be read in strips of whole blocks, each mean weighted by its number of blocks: the
-    same result in little memory. (Up to 8 pixels at the right and the bottom make no whole block and
-    are not seen.)
+    same result in little memory. (Up to 8 pixels at the right and the bottom make no whole block
+    and are not seen.)
     """
     h, w = x.shape[2:]
     x = F.pad(x, (0, max(9 - w, 0), 0, max(9 - h, 0)), mode="replicate")       # at least one block
@@ -272,12 +300,16 @@ def classify(classifier, x, device):
             features = classifier.features(strip.to(device))                   # (1,32,64,W // 9)
             total = total + rows * features.mean((2, 3))                       # (1,32)
             blocks += rows
-    probability = classifier.head(total / blocks).softmax(1)[0]                # (7,), sum 1
-    return TASKS[probability.argmax().item()], probability.max().item()
+    logits = classifier.head(total / blocks)[0]                                # (7,) or (8,)
+    if damaged:
+        logits = logits[:len(TASKS)]                      # "none" comes last
+    probability = logits.softmax(0)                                            # sum 1
+    return ANSWERS[probability.argmax().item()], probability.max().item()
 
 
 def confusion(classifier, pairs, device):
-    """({task: accuracy in %}, 7 rows of counts) of a classifier on degraded images.
+    """({task: accuracy in %}, 7 or 8 rows of counts) of a classifier on degraded images; and on
+    clean ones, if there are pairs["none"].
 
                     named blur  noise  jpeg  ...
         truly blur       7       0      1           The diagonal is right; off it one reads which
@@ -285,13 +317,14 @@ def confusion(classifier, pairs, device):
         ...                                         the diagonal's share of its row.
     """
     classifier.eval()
-    matrix = np.zeros((len(TASKS), len(TASKS)), int)
+    answers = classifier.answers                           # the tasks, perhaps "none" after them
+    matrix = np.zeros((len(answers), len(answers)), int)
     accuracy = {}
     for task, examples in pairs.items():
-        row = TASKS.index(task)
+        row = answers.index(task)
         for lq, _ in examples:
             name, _ = classify(classifier, lq, device)
-            matrix[row, TASKS.index(name)] += 1
+            matrix[row, answers.index(name)] += 1
         accuracy[task] = 100 * matrix[row, row].item() / len(examples)
     return accuracy, matrix.tolist()
 
@@ -354,7 +387,7 @@ def schedule_of(args, info):
     """"M" or "S": from the stages of a checkpoint of train.py (more than one is sequential), or
     from a published file's name, as SRResNet_S_EP.pth; None if that says nothing. A published file
     holds weights alone, and mixed and sequential training give weights of the same shapes."""
-    if not info["published"]:
+    if "facts" in info:
         return "S" if len(info["facts"]["periods"]) > 1 else "M"
     found = re.search(r"[_-]([MS])(?=[_.-])", Path(args.checkpoint).name)
     return found[1] if found else None
@@ -421,7 +454,7 @@ def partner(stem, gts):
 
 
 def score_set(pairs, model, task, classifier, device, tile):
-    """[PSNR, SSIM], plain means over [(LQ file, GT file), ...].
+    """[PSNR, SSIM, the input's PSNR, gain], plain means over [(LQ file, GT file), ...].
 
     With a classifier each image gets the prompt it names, whatever the set's true task is.
     """
@@ -430,23 +463,25 @@ def score_set(pairs, model, task, classifier, device, tile):
         lq = to_tensor(read_image(lq_path))                            # (1,3,H,W)
         gt = read_image(gt_path)                                       # (H,W,3) uint8
         if classifier is not None:
-            task, _ = classify(classifier, lq, device)
+            task, _ = classify(classifier, lq, device, damaged=True)
         y = restored(model, lq, task, device, tile)
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
         h = min(gt.shape[0], y.shape[0])
         w = min(gt.shape[1], y.shape[1])
-        scores.append([psnr(y[:h, :w], gt[:h, :w]), ssim(y[:h, :w], gt[:h, :w])])
+        before, y, gt = to_image(lq)[:h, :w], y[:h, :w], gt[:h, :w]    # (h,w,3) uint8 each
+        db, db_in = psnr(y, gt), psnr(before, gt)
+        scores.append([db, ssim(y, gt), db_in, db - db_in])
     return np.mean(scores, 0).tolist()
 
 
 def score_sets(root, present, model, classifier, device, tile):
-    """{name: [PSNR, SSIM]} of the sets `present` in folder `root`, then of the groups In-Dis,
-    Out-Dis and Unknown: the plain mean over a group's sets.
+    """({name: score_set's four}, {name: number of images}) of the sets `present` in folder `root`;
+    the four also of the groups In-Dis, Out-Dis and Unknown: the plain mean over a group's sets.
 
     classifier None: the true task is told, which Unknown sets do not have, so that an "ep" model
     cannot be scored on them.
     """
-    scores = {}
+    scores, counts = {}, {}
     start = time.monotonic()
     for done, name in enumerate(present, 1):
         _, task, lq_folder, gt_folder = TESTSETS[name]
@@ -454,6 +489,7 @@ def score_sets(root, present, model, classifier, device, tile):
             raise ValueError(f"{name}: nobody knows this set's degradation; "
                              "leave --oracle out, so that the classifier chooses the prompt")
         pairs = match_pairs(root / lq_folder, root / gt_folder)
+        counts[name] = len(pairs)
         scores[name] = score_set(pairs, model, task, classifier, device, tile)
         progress(f"{name}: {scores[name][0]:.2f} dB over {len(pairs)} images, "
                  f"{time_left(start, done, len(present))}")
@@ -461,7 +497,7 @@ def score_sets(root, present, model, classifier, device, tile):
         members = [scores[name] for name in present if TESTSETS[name][0] == group]
         if members:
             scores[group] = np.mean(members, 0).tolist()
-    return scores
+    return scores, counts
 
 
 def prompt_chooser(args, model, info, device):
@@ -482,21 +518,35 @@ def prompt_chooser(args, model, info, device):
     return load_classifier(args.classifier, device), "prompts chosen by the classifier"
 
 
-def testset_rows(scores, paper, missing):
-    """Rows [set, PSNR, the paper's, difference, SSIM] of score_sets' result. Out-Dis and Unknown
-    sets have no figures of their own in the paper, only their groups' averages."""
-    # With a set missing, a group's average is over other sets than the paper's: no comparison.
-    incomplete = {TESTSETS[name][0] for name in missing}
+def comparable_figures(args, info, counts):
+    """paper_figures, as far as they may stand beside ours: for a model of the paper's size, and for
+    sets and groups that are here as published. A difference from other images, or of another
+    network, looks like a result and is none.
+
+    A set of In-Dis or Out-Dis has 100 images; of the Unknown ones we only know that they are five.
+    counts: {set: number of images here}.
+    """
+    incomplete = set()
+    for name, (group, *_) in TESTSETS.items():
+        if name not in counts or group != "Unknown" and counts[name] != 100:
+            incomplete |= {name, group}                                # and so is the group's mean
+    figures = paper_figures(info["arch"], schedule_of(args, info), info["prompt"])
+    if info["sizes"]:                  # what differs from the paper's network: a smaller one
+        return {}
+    return {name: figure for name, figure in figures.items() if name not in incomplete}
+
+
+def testset_rows(scores, paper):
+    """Rows [set, PSNR in, out, gain, SSIM] of score_sets' result; and, where the paper has figures
+    to compare with, the paper's PSNR and the difference. Out-Dis and Unknown sets have no figures
+    of their own in the paper, only their groups' averages."""
     rows = []
-    for name, (db, similarity) in scores.items():
-        stated = ""
-        difference = ""
-        if name in paper and name not in incomplete:
-            stated = paper[name]
-            difference = f"{db - stated:+.2f}"
-        if name in GROUPS:
-            name = f"{name} average"
-        rows.append([name, db, stated, difference, f"{similarity:.4f}"])
+    for name, (db, similarity, db_in, gain) in scores.items():
+        title = f"{name} average" if name in GROUPS else name
+        row = [title, db_in, db, gain, f"{similarity:.4f}"]
+        if paper:
+            row += [paper[name], f"{db - paper[name]:+.2f}"] if name in paper else ["", ""]
+        rows.append(row)
     return rows
 
 
@@ -513,15 +563,17 @@ def testsets(args, model, info, device):
     classifier, told = prompt_chooser(args, model, info, device)
     # Whole, however large: in tiles a network sees less than the whole picture, so tiles could
     # change the figures. So auto_tile has no say here; --tile N is for those who lack the memory.
-    scores = score_sets(root, present, model, classifier, device, args.tile or 0)
-    paper = paper_figures(info["arch"], schedule_of(args, info), info["prompt"])
+    scores, counts = score_sets(root, present, model, classifier, device, args.tile or 0)
+    paper = comparable_figures(args, info, counts)
     convention = f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, {told}"
-    rows = testset_rows(scores, paper, missing)
-    print(markdown(["set", "PSNR", "paper", "difference", "SSIM"], rows) + f"\n\n{convention}")
-    report.write_text(json.dumps({
-        "checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
-        "psnr": {name: score[0] for name, score in scores.items()},
-        "ssim": {name: score[1] for name, score in scores.items()}, "paper": paper}, indent=1))
+    header = ["set", "PSNR in", "out", "gain", "SSIM", *(["paper", "difference"] if paper else [])]
+    print(markdown(header, testset_rows(scores, paper)) + f"\n\n{convention}")
+    columns = {}                                                       # {column: {set: number}}
+    for k, column in enumerate(("psnr", "ssim", "psnr_in", "gain")):
+        columns[column] = {name: score[k] for name, score in scores.items()}
+    report.write_text(json.dumps({"checkpoint": str(args.checkpoint), "convention": convention,
+                                  "missing": missing, "images": counts, **columns,
+                                  "paper": paper}, indent=1))
     print(f"JSON: {report}")
     if args.expect is not None:
         check_expected(scores, args.expect, args.tolerance)
@@ -530,7 +582,7 @@ def testsets(args, model, info, device):
 def check_expected(scores, expected, tolerance):
     """Ends the command with an error unless the In-Dis average is what was promised: the README's
     figures can be checked by a command, --expect 30.36, that fails when they are missed."""
-    got, _ = scores.get("In-Dis", (math.nan, math.nan))
+    got, *_ = scores.get("In-Dis", [math.nan])
     if not abs(got - expected) <= tolerance:                           # so that NaN fails, too
         sys.exit(f"eval.py: expected an In-Dis average of {expected:g} "
                  f"+- {tolerance:g} dB, got {got:.2f}")
@@ -565,20 +617,39 @@ def load_images(args):
     return images
 
 
-def table(args, model, device):
-    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture.
+def learned(info):
+    """The set of tasks that a checkpoint of train.py has met; all, where a file does not say so.
+
+    Its facts list each stage's tasks, the stages to come included; "stage" counts those that are
+    over, so that order[stage] is the one in training, if any.
+    """
+    stages = info.get("facts", {}).get("order") or [TASKS]
+    return {task for stage in stages[:info.get("stage", len(stages)) + 1] for task in stage}
+
+
+def titles(info):
+    """{task: what a table calls it}. A poor figure on a task that was never trained is no fault of
+    the model's, and the reader should see which is which."""
+    known = learned(info)
+    return {task: task if task in known else f"{task} (not trained)" for task in TASKS}
+
+
+def table(args, model, info, device):
+    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture. Tasks
+    that the model has not learned are marked; they are in the mean all the same.
 
     Not to be compared with the paper's table: other images, and other draws from the same ranges.
     """
-    images = load_images(args)
     strips = result_path(args, "strips.png")
+    images = load_images(args)
     header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
     for split, title, note in (("in", "In-Dis", ""),
                                ("out", "Out-Dis", " (sr: ranges not published)")):
         pairs = validation_pairs(images, split, args.seed)
         rows = []
-        for *name_and_psnr, s_in, s_out, s_gain in evaluate(model, pairs, device, progress):
-            rows.append([*name_and_psnr, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_gain:+.4f}"])
+        for name, *db, s_in, s_out, s_gain in evaluate(model, pairs, device, progress):
+            name = titles(info).get(name, name)                        # the last is "mean"
+            rows.append([name, *db, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_gain:+.4f}"])
         print(f"\n{title}, {len(images)} images, seed {args.seed}{note}\n")
         print(markdown(header, rows))
         if split == "in":
@@ -587,7 +658,7 @@ def table(args, model, device):
           f"true task told. Picture: {strips}")
 
 
-def prompt_matrix(args, model, device):
+def prompt_matrix(args, model, info, device):
     """Each task's images restored with each of the seven prompts: what a wrong prompt costs.
 
     Row: what was done to the images. Column: what the model is told. A model that has learned to
@@ -595,15 +666,15 @@ def prompt_matrix(args, model, device):
     """
     if model.prompt != "ep":
         raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
-    images = load_images(args)
     path = result_path(args, "prompts.png")
+    images = load_images(args)
     pairs = validation_pairs(images, "in", args.seed)
     before = input_psnr(pairs)
     rows = []
     for task, examples in pairs.items():
         # mean_psnr prompts with the key: the same images under seven keys, seven prompts.
         scores = mean_psnr(model, dict.fromkeys(TASKS, examples), device)
-        rows.append((task, [*scores.values(), before[task]]))
+        rows.append((titles(info)[task], [*scores.values(), before[task]]))
     header = [*TASKS, "input"]
     print(markdown(["images \\ prompt", *header], [[task, *values] for task, values in rows]))
     diagonal = {(i, i) for i in range(len(TASKS))}
@@ -615,19 +686,22 @@ def prompt_matrix(args, model, device):
 
 def confusion_text(accuracy, matrix):
     """confusion's two results as a table, and the mean of the tasks' accuracies."""
-    rows = [[task, *counts] for task, counts in zip(TASKS, matrix)]
-    text = markdown(["true task \\ named as, images", *TASKS], rows)
+    answers = ANSWERS[:len(matrix)]                                    # with or without "none"
+    rows = [[task, *counts] for task, counts in zip(answers, matrix)]
+    text = markdown(["true task \\ named as, images", *answers], rows)
     return f"{text}\n\naccuracy {np.mean(list(accuracy.values())):.1f} % on held-out images"
 
 
 def classifier_table(args, classifier, device):
-    """How often a task classifier names the task of degraded images."""
-    if args.input or args.testsets or args.prompt_matrix or args.interpolate:
+    """How often a task classifier names the task of degraded images, and knows clean ones."""
+    if args.mode != "table" or args.output:
         raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
                          "give it as --classifier")
     images = load_images(args)
     for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
         pairs = validation_pairs(images, split, args.seed)
+        if "none" in classifier.answers:
+            pairs["none"] = clean_pairs(images, args.seed)
         print(f"\n{title}, {len(images)} images, seed {args.seed}\n")
         print(confusion_text(*confusion(classifier, pairs, device)))
 
@@ -642,8 +716,8 @@ def interpolate(args, model, device):
         raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE "
                          "and --steps of at least 2")
     first, second = parse_task(names[0]), parse_task(names[1])         # (1,7) each
-    x = to_tensor(read_image(args.input))
     path = result_path(args, "interpolation.png")
+    x = to_tensor(read_image(args.input))
     header, pictures = ["input"], [to_image(x)]
     for k in range(args.steps):
         share = k / (args.steps - 1)                                   # from 0 to 1
@@ -657,35 +731,46 @@ def interpolate(args, model, device):
 # ---- Restoring one's own pictures ----------------------------------------------------------------
 
 # What can be written. The ending decides; PNG, TIFF and BMP keep every pixel as it was restored.
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP",
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP",
            ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
+# Below this probability the classifier's answer is doubtful, and a wrong prompt harms a picture.
+# A blind guess among seven tasks has 0.14, among eight answers 0.125.
+DOUBT = 0.6
 
 
-def process_input(args, model, device):
+def process_input(args, model, info, device):
     """--input FILE or DIR: restores a picture, or all pictures of a folder. An "ep" model without
     --task asks the classifier about each picture."""
     source = Path(args.input)
+    if not source.exists():
+        raise ValueError(f"--input {source}: No such file or folder")
     classifier = None
-    if args.task not in (None, "auto"):
+    args.task = (args.task or "auto").strip().lower()
+    if args.task != "auto":
         parse_task(args.task)                               # complain before any work is done
+        if args.classifier:
+            raise ValueError("--classifier is for --task auto; leave one of them out")
     elif model.prompt == "ep":
         classifier = load_classifier(args.classifier, device)
     if source.is_dir():
-        process_folder(source, args, model, classifier, device)
+        process_folder(source, args, model, info, classifier, device)
         return
     target = Path(args.output or f"{source.stem}_restored.png")        # in the working folder
     if target.is_dir():
         target = target / source.name
     check_ending(target, FORMATS)
-    print(process_file(source, target, args, model, classifier, device))
+    print(process_file(source, target, args, model, info, classifier, device))
 
 
-def process_folder(source, args, model, classifier, device):
+def process_folder(source, args, model, info, classifier, device):
     """All pictures below a folder, to the same names below --output. Goes on after a bad file; then
     names all bad ones at the end, and the exit code is 1."""
-    if not args.output:
+    if not args.output or Path(args.output).is_file():
         raise ValueError("--input is a folder: name another one with --output")
     files = list_images([source])
+    out = Path(args.output).resolve()
+    if source.resolve() in out.parents:                     # its own results are not restored again
+        files = [path for path in files if out not in path.resolve().parents]
     bad = []
     start = time.monotonic()
     for count, path in enumerate(files, 1):
@@ -693,11 +778,12 @@ def process_folder(source, args, model, classifier, device):
         if target.suffix.lower() not in FORMATS:                       # a.gif becomes a.gif.png
             target = target.with_name(target.name + ".png")
         try:
-            said = process_file(path, target, args, model, classifier, device)
+            said = process_file(path, target, args, model, info, classifier, device)
             left = time_left(start, count, len(files))
             print(f"{count}/{len(files)} {said} | {left}", flush=True)
-        except ValueError as error:
-            bad.append(error)
+        except (ValueError, OSError) as error:              # this file's fault: the next one
+            named = str(error).startswith(str(path))        # as open_image's are
+            bad.append(error if named else f"{path}: {error}")
     for error in bad:
         print(f"failed: {error}", file=sys.stderr)
     print(f"{len(files) - len(bad)} of {len(files)} pictures restored to {args.output}")
@@ -705,30 +791,78 @@ def process_folder(source, args, model, classifier, device):
         sys.exit(1)
 
 
-def process_file(source, target, args, model, classifier, device):
-    """One file to one file of the same size; returns what is worth saying about it, in a line."""
-    if target.exists() and not args.overwrite:
-        raise ValueError(f"{target} exists; choose another --output or add --overwrite")
+def process_file(source, target, args, model, info, classifier, device):
+    """One file to one file of the same size; returns what is worth saying about it, in a line.
+
+    Whatever takes memory that grows with the picture stands inside the guard, so that one picture
+    too large for this machine can't end a folder.
+    """
+    # Both names are asked for before minutes of work, not after.
+    comparison = target.with_name(target.stem + "_compare.png")
+    for path in (target, comparison) if args.compare else (target,):
+        check_free(path, args)
     # open_image turns the picture upright, takes the first of several frames, and notes it.
     original, notes = open_image(source)
-    picture = to_rgb(original)                                         # (H,W,3) uint8
-    x = to_tensor(picture)                                             # (1,3,H,W)
-    name = args.task
-    if classifier is not None:
-        name, confidence = classify(classifier, x, device)
-        # A wrong prompt restores little. With seven tasks a guess has a probability of 0.14.
-        doubt = "" if confidence > 0.6 else " - low: look at it, or name the task with --task"
-        notes.append(f"task {name}, {100 * confidence:.0f} % sure{doubt}")
-    task = parse_task(name) if model.prompt == "ep" else None          # (1,7)
-    tile = auto_tile(x) if args.tile is None else args.tile
-    if tile > 0:
-        notes.append(f"in tiles of {tile}")
-    y = restored(model, x, task, device, tile)                         # (H,W,3) uint8
-    save_picture(target, y, original)
-    if args.compare:
-        strip_picture(target.with_name(target.stem + "_compare.png"), ["before", "after"],
-                      [("", [picture, y])], min(max(y.shape[:2]), 1200))
-    return ", ".join([f"{source} -> {target}", f"{y.shape[1]} x {y.shape[0]}", *notes])
+    w, h = original.size
+    tile = auto_tile(h, w) if args.tile is None else args.tile
+    with memory_errors_explained(h, w, tile):
+        picture = to_rgb(original)                                     # (H,W,3) uint8
+        x = to_tensor(picture)                                         # (1,3,H,W)
+        name, alone = args.task, False
+        if classifier is not None:
+            name, alone, note = ask_classifier(classifier, x, device)
+            notes.append(note)
+        if alone:
+            leave_alone(source, target, picture, original)
+        else:
+            task, more = choose_prompt(name, model, info)              # (1,7) or None
+            notes += more
+            if tile > 0:
+                notes.append(f"in tiles of {tile}")
+            y = restored(model, x, task, device, tile)                 # (H,W,3) uint8
+            save_picture(target, y, original)
+            if args.compare:
+                compare_picture(comparison, picture, y)
+    return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
+
+
+def ask_classifier(classifier, x, device):
+    """(task, whether the picture is better left as it is, what to say about both).
+
+    A picture that is fine must stay so. A classifier that can answer "none" is believed when it
+    does, and where it is in doubt nothing is touched either: a picture left as it was can be
+    restored later. The published classifier has to name a damage; there a doubt is only said.
+    """
+    name, sure = classify(classifier, x, device)
+    note = f"task {name}, {100 * sure:.0f} % sure"
+    if "none" in classifier.answers and (name == "none" or sure < DOUBT):
+        found = "nothing found" if name == "none" else f"{note}, too little"
+        return name, True, f"{found}: left as it is; --task NAME forces one"
+    if sure < DOUBT:
+        note += " - low: look at it, or name the task with --task"
+    return name, False, note
+
+
+def choose_prompt(name, model, info):
+    """((1,7) weights or None, [what to say about them]) for the name of a task or a mixture, or
+    "auto" for a model that takes no prompt. What has no effect, or no good one, is said."""
+    if model.prompt != "ep":
+        return None, [] if name == "auto" else ["--task ignored: this model takes no prompt"]
+    task = parse_task(name)                                            # (1,7)
+    # A prompt that training never used is an image like any other: what it does is not known.
+    strange = [TASKS[k] for k in task[0].nonzero()[:, 0] if TASKS[k] not in learned(info)]
+    return task, [f"warning: this model has not learned {', '.join(strange)}"] if strange else []
+
+
+def leave_alone(source, target, picture, original):
+    """The picture as it was: a copy of its file, with all that save_picture would drop; or its
+    pixels, where another format is asked for."""
+    if FORMATS.get(source.suffix.lower()) != FORMATS[target.suffix.lower()]:
+        save_picture(target, picture, original)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def save_picture(target, picture, original):
@@ -736,7 +870,8 @@ def save_picture(target, picture, original):
 
     The network knows red, green and blue alone. So grey is restored as three equal channels and
     stored as one again; alpha passes by the network unchanged; a colour profile is copied, since it
-    says what the numbers mean. The file appears whole or not at all, on a full disk, too.
+    says what the numbers mean. EXIF data, GPS place and DPI are dropped: they may say what is no
+    longer so, as a thumbnail does. The file appears whole or not at all, on a full disk, too.
     """
     out = Image.fromarray(picture)
     bands = original.getbands()                                        # as ("R","G","B","A")
@@ -762,15 +897,24 @@ def save_picture(target, picture, original):
 # A photo of 24 megapixels has 1,465 times as many pixels as a training crop of 128 x 128. It takes
 # minutes on a CPU, and more memory than there is: it is restored in tiles, and somebody waits.
 
-def auto_tile(x):
+def auto_tile(h, w):
     """0, which is whole, up to a megapixel; above it tiles of 512, so that memory stays bounded:
     the features of a tile take the same room in a picture of any size."""
-    return 512 if x.shape[2] * x.shape[3] > 2 ** 20 else 0
+    return 512 if h * w > 2 ** 20 else 0
+
+
+def check_tile(args, model):
+    """Raises ValueError before any work for a --tile no larger than what neighbouring tiles share:
+    no pixel of it would be its own, so the tiles would never come to the end of a picture."""
+    least = model.overlap // model.multiple * model.multiple + 1       # restore rounds it up
+    if args.tile and args.tile < least:
+        raise ValueError(f"--tile {args.tile} is too small for this model: at least {least}, or 0 "
+                         "for the picture whole")
 
 
 @contextlib.contextmanager
-def memory_errors_explained(x, tile):
-    """Around code that restores x: where memory runs out, a ValueError says which tiles to try.
+def memory_errors_explained(h, w, tile):
+    """Around code for H x W pixels: where memory runs out, a ValueError says which tiles to try.
 
     The memory a network takes grows with the pixels it sees at once, tile * tile of them: tiles of
     half the edge take a quarter. Other errors pass.
@@ -782,7 +926,6 @@ def memory_errors_explained(x, tile):
         # its words tell from others. MemoryError comes from Python and numpy.
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        h, w = x.shape[2:]
         how, smaller = "whole", 512
         if tile:
             how, smaller = f"in tiles of {tile}", tile // 2
@@ -790,12 +933,22 @@ def memory_errors_explained(x, tile):
                          f"try it in tiles (--tile {smaller})") from None
 
 
-def show_tiles(start, done, tiles):
-    """Tells a person at a terminal how far a large picture is; a log file needs no counter."""
-    if sys.stderr.isatty():
-        end = "\n" if done == tiles else ""                            # \r: over the last one
-        print(f"\r  tile {done} of {tiles}, {time_left(start, done, tiles)} ", end=end,
-              file=sys.stderr, flush=True)
+def tile_reporter():
+    """A function report(done, tiles) that says how far a large picture is: to a person at a
+    terminal after each tile, to a log file every 30 s, so that who reads it later can tell a slow
+    run from a dead one, and is not told of ten thousand tiles."""
+    start = said = time.monotonic()                            # said: when it last spoke
+
+    def report(done, tiles):
+        nonlocal said
+        text = f"  tile {done} of {tiles}, {time_left(start, done, tiles)} "
+        if sys.stderr.isatty():
+            end = "\n" if done == tiles else ""                        # \r: over the last one
+            print(f"\r{text}", end=end, file=sys.stderr, flush=True)
+        elif time.monotonic() - said >= 30:
+            said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+    return report
 
 
 def progress(text):
@@ -887,6 +1040,20 @@ def strip_picture(path, header, rows, edge=192):
     sheet.save(path)
 
 
+def compare_picture(path, before, after):
+    """before | after, each whole and in its own shape, shrunk to a longer side of 1200 at most.
+
+    A person compares pictures; what a task does to pixels is for strip_picture to show.
+    """
+    left, right = Image.fromarray(before), Image.fromarray(after)
+    for image in (left, right):
+        image.thumbnail((1200, 1200))                          # keeps the shape, never enlarges
+    sheet = Image.new("RGB", (2 * left.width + 6, left.height), "white")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width + 6, 0))
+    sheet.save(path)
+
+
 def task_strips(path, model, pairs, device):
     """degraded | restored | truth for the first image of each task; an "ep" model is told which
     task it is."""
@@ -968,7 +1135,7 @@ def draw_curves(pen, place, curves, lowest):
     end. Names are set from the bottom up, the first no lower than pixel `lowest`, each at least 16
     pixels above the last, so that curves that end together have their names one above another."""
     ends = []
-    for (name, points), colour in zip(curves.items(), _COLOURS):
+    for (name, points), colour in zip(curves.items(), itertools.cycle(_COLOURS)):
         if points:                                           # a task may not be in training yet
             pixels = [place(x, y) for x, y in points]
             pen.line(pixels, colour, 2)
@@ -1034,12 +1201,25 @@ def curves_picture(path, title, log):
 # What cannot be read or written is said in one line that names the file, before any work is done
 # where that can be known.
 
+def check_free(path, args):
+    """Raises ValueError where a file would be overwritten. Whatever a command writes for its user
+    is asked for here before the work begins: nothing is overwritten without --overwrite."""
+    if path.exists() and not args.overwrite:
+        raise ValueError(f"{path} exists; choose another name or add --overwrite")
+
+
 def result_path(args, name):
     """--output, or `name` beside the checkpoint; for the shipped one, in the working folder, so
-    that assets/ stays as it is."""
+    that assets/ stays as it is. Where an earlier result lies, strips.png becomes strips-2.png."""
     folder = Path() if args.checkpoint == MODEL else Path(args.checkpoint).parent
     path = Path(args.output or folder / name)
     check_ending(path, [".json"] if name.endswith(".json") else FORMATS)
+    number = 2                                               # the first was without a number
+    while not args.output and path.exists() and not args.overwrite:
+        path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
+        number += 1
+    check_free(path, args)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -1047,6 +1227,33 @@ def check_ending(path, kinds):
     """Raises ValueError before any work is done, where the result could not be written."""
     if path.suffix.lower() not in kinds:
         raise ValueError(f"--output {path}: the ending must be one of {' '.join(kinds)}")
+
+
+def checkpoint_file(path):
+    """The file meant by CKPT, for which people also type a run's folder, or a picture's name alone.
+    Raises ValueError for the latter, with the command that was meant."""
+    if path.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: "
+                         f"python eval.py --input {path}")
+    if path.is_dir():
+        path = path / "last.pt"
+        progress(f"a folder: takes its {path}")
+    return path
+
+
+def check_export(args):
+    """Raises ValueError before anything is written, and makes the folder. A run's own last.pt holds
+    what --resume needs: nothing may replace it, --overwrite or not."""
+    path = Path(args.export)
+    try:
+        needed = "optimizer" in torch.load(path, "cpu", weights_only=True, mmap=True)
+    except Exception:              # not there, or torn or foreign: no training goes on from it
+        needed = False
+    if needed:
+        raise ValueError(f"--export {path} is a run's checkpoint, which --resume needs; "
+                         "choose another name")
+    check_free(path, args)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def export(path, model, info):
@@ -1075,10 +1282,44 @@ def read_prompts(path):
 
 # ---- The command line ----------------------------------------------------------------------------
 
+# What a command does is the first of these that is given, with none of them the table; and what
+# other flags that reads. Any other flag would be passed over in silence: it is refused.
+READS = {
+    "export": (),                                                      # weights to a small file
+    "interpolate": ("input", "steps", "tile", "output"),               # one picture, many prompts
+    "input": ("task", "classifier", "compare", "tile", "output"),      # one's own pictures
+    "testsets": ("oracle", "expect", "tolerance", "classifier", "tile", "output"),
+    "prompt_matrix": ("images", "depth", "seed", "output"),            # every prompt on every task
+    "table": ("images", "depth", "seed", "output"),                    # in, out, gain of each task
+}
+READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
+
+
+def check_flags(parser, argv, args):
+    """Sets args.mode; ends the command where a flag is given that this mode does not read.
+
+    Who adds --expect 30 and forgets --testsets would believe a check that never ran.
+    """
+    args.mode = next(mode for mode in READS if mode == "table" or getattr(args, mode))
+    # argparse sets no default where something is: what is still None was not given.
+    # (A comparison with the defaults would not tell --seed 0 from no --seed.)
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    for name, value in vars(given).items():
+        if value not in (None, "") and name not in (args.mode, *READS[args.mode], *READ_BY_ALL):
+            readers = [f"--{mode}" for mode, flags in READS.items() if name in flags]
+            hint = f": it goes with {' or '.join(readers)}" if readers else ""
+            parser.error(f"--{name} is of no use for --{args.mode}{hint}".replace("_", "-")
+                         .replace("--table", "the table"))
+        if name in ("images", "depth", "testsets") and value and Path(value).is_file():
+            parser.error(f"--{name} {value} is a file; give the folder it is in")
+    if args.depth and not args.images:
+        parser.error("--depth goes with --images: it is the folder of their depth maps")
+    if args.oracle and args.classifier:
+        parser.error("--oracle tells the true task: --classifier has no say; leave one out")
+
+
 def arguments(argv):
-    """The command line, parsed; exits with one line where flags are unknown. What is done is the
-    first of these that is given: --export, --interpolate, --input, --testsets, --prompt-matrix;
-    with none of them, the table."""
+    """The command line, parsed; exits with one line where flags are unknown or of no use."""
     parser = OneLineParser("eval.py", description=__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", default=MODEL, help="of train.py, or published (default: shipped)")
@@ -1112,6 +1353,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.tile is not None and args.tile < 0:
         parser.error(f"--tile must be positive, or 0 for the picture whole, not {args.tile}")
+    check_flags(parser, argv, args)
     return args
 
 
@@ -1137,6 +1379,9 @@ def run(args):
     """
     if args.max_pixels:
         Image.MAX_IMAGE_PIXELS = args.max_pixels
+    args.checkpoint = checkpoint_file(Path(args.checkpoint))
+    if args.export:
+        check_export(args)                                   # before anything is loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(args.prompts) if args.prompts else None
     model, info = load_model(args.checkpoint, args.weights, device, prompts)
@@ -1149,22 +1394,26 @@ def run(args):
         name += f"-{info['prompt'].upper()}"
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}, {size:,} parameters, {args.weights} weights, on {device}")
+    check_tile(args, model)
     if args.interpolate:
         interpolate(args, model, device)
     elif args.input:
-        process_input(args, model, device)
+        process_input(args, model, info, device)
     elif args.testsets:
         testsets(args, model, info, device)
     elif args.prompt_matrix:
-        prompt_matrix(args, model, device)
+        prompt_matrix(args, model, info, device)
     else:
-        table(args, model, device)
+        table(args, model, info, device)
 
 
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit; a traceback
     means a fault in this program."""
     tune_cpu()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):       # a name that this terminal can't show: as \xe9
+            stream.reconfigure(errors="backslashreplace")
     try:
         run(arguments(argv))
     except (ValueError, OSError) as error:

@@ -7,7 +7,8 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     model = build_model("restormer", prompt="ep")          # 26.5 M parameters, the paper's size
     y = model(x, task=torch.tensor([TASKS.index("rain")])) # x, y: (1,3,H,W) in [0,1], H and W / 8
     y = restore(model, x, task)                            # the same for any height and width
-    model, info = load_model("run/last.pt")                # a checkpoint rebuilds its own model
+    model, info = load_model("assets/srresnet.pt")         # a checkpoint rebuilds its own model
+    restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
@@ -32,12 +33,14 @@ What comes after the banner "not in the paper" is files, names of published weig
 import functools
 import math
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
+ANSWERS = (*TASKS, "none")      # of our own classifier, which may also say: nothing is wrong here
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
@@ -773,7 +776,8 @@ class Uformer(Backbone):
 # ---- The task classifier: names the degradation when the user does not ---------------------------
 
 class TaskClassifier(nn.Module):
-    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
+    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9. With none=True, (N,8) in
+    the order of ANSWERS; the published one has no word for a clean picture and calls it "dark".
 
     It looks at blocks of 9 x 9 pixels that do not overlap, and averages what it found. The
     published one ends in a softmax and is trained with a cross-entropy that applies another, which
@@ -781,12 +785,13 @@ class TaskClassifier(nn.Module):
     """
     def __init__(self, width=128, high_pass=False, none=False):
         super().__init__()
+        self.answers = ANSWERS if none else TASKS
         self.features = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                # (N,128,H/3,W/3)
             nn.Conv2d(width, width, 3, stride=3), nn.LeakyReLU(0.1),            # (N,128,H/9,W/9)
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
-        self.head = nn.Linear(32, len(TASKS) + none)
+        self.head = nn.Linear(32, len(self.answers))
         if high_pass:       # a start for short runs: the first filters see texture, not brightness
             first = self.features[0].weight.data
             first.sub_(first.mean((2, 3), keepdim=True)).mul_(3)
@@ -842,39 +847,104 @@ def pad_for(x, multiple, square):
     return reflect_pad(x, left, left, top, top), top, left
 
 
-@torch.no_grad()
 def restore(model, x, task=None, tile=None, overlap=None, report=None):
-    """Restores images of any height and width: pads, runs, cuts back; does not clamp.
+    """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
-    model: a backbone, or any network called as model(x, task); what it needs may stand in its
-    attributes `multiple`, `overlap` and `context` (see Backbone). x: (N,3,H,W) in [0,1]. task: as
-    in Backbone.read_prompt. An "ap" model's prompt is the padded image. tile: edge of square tiles
-    in pixels, rounded up to the model's multiple, so that memory stays bounded; None runs the image
-    whole. overlap: pixels that neighbours share, more than twice model.context; the default suits
-    the backbone. report(done, tiles) is called after each tile. Returns y: (N,3,H,W).
+    x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3), uint8 or floats in
+    [0,1]; a PIL image, or a file's path: for both an upright RGB image of PIL comes out. Floats
+    come out unclamped, as the network made them. Raises ValueError for other shapes and ranges.
+    task: a name of TASKS, or as in Backbone.read_prompt; only "ep" models read it.
+    tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
+    bounded; None runs the picture whole. overlap: pixels that neighbours share, more than twice
+    model.context; the default suits the backbone. report(done, tiles) is called after each tile.
+
+    model is put into eval mode for the time of the call, and back, also after an exception. So
+    threads may share a model that is in eval mode already, which is then only read; but no other
+    thread may train it meanwhile, or call train() or eval().
     """
+    if isinstance(task, str):
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+        task = torch.tensor([TASKS.index(task)])               # (1,): one for all of a batch
+    x, as_given = to_batch(x, next(model.parameters(), None))
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
-    was_training = model.training
-    model.eval()
+    # A network's own output may leave [0,1] a little; 0 .. 255 is far outside.
+    if not x.is_floating_point() or not x.is_meta and x.abs().max() > 2:
+        raise ValueError(f"restore takes floats in [0,1], not {x.dtype} up to {x.max():g}; "
+                         "divide by 255")
+    if task is not None:
+        task = task.to(x.device)
+    # Each module's own mode: model.train() would also wake a part that someone keeps in eval mode.
+    modes = {module: module.training for module in model.modules()}
+    model.eval()                                   # drop path is for training
+    try:
+        return as_given(restore_batch(model, x, task, tile, overlap, report))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def restore_batch(model, x, task, tile, overlap, report):
+    """`restore` of (N,3,H,W) by a model in eval mode: pads, runs, cuts back.
+
+    model: a backbone, or any network called as model(x, task); what it needs may stand in its
+    attributes `multiple`, `overlap` and `context` (see Backbone). An "ap" model's prompt is the
+    padded image.
+    """
     square = getattr(model, "square", False) and tile is None
     padded, top, left = pad_for(x, getattr(model, "multiple", 1), square)
-    try:
-        run = functools.partial(model, task=task)
-        if hasattr(model, "read_prompt"):          # a Backbone reads its prompt once for all tiles
-            run = functools.partial(model, prompt=read_prompt_of_any_size(model, padded, task))
-        if tile is None:
-            y = run(padded)
-        else:
-            y = restore_tiled(model, run, padded, tile, overlap, report)
-    finally:
-        model.train(was_training)
+    run = functools.partial(model, task=task)
+    if hasattr(model, "read_prompt"):              # a Backbone reads its prompt once for all tiles
+        run = functools.partial(model, prompt=read_prompt_of_any_size(model, padded, task))
+    if tile is None:
+        y = run(padded)
+    else:
+        y = restore_tiled(model, run, padded, tile, overlap, report)
     return y[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
 # ==================================================================================================
 # Not in the paper: pictures too large for the memory, files, and the names of published weights.
 # ==================================================================================================
+
+# ---- Kinds of pictures ---------------------------------------------------------------------------
+
+def to_batch(x, like):
+    """What `restore` is given -> (the same as (N,3,H,W), a function that turns a result of that
+    shape into the kind it came from). Pictures go to the device and type of the tensor `like`.
+    numpy and pillow are imported here, so that who has tensors needs torch alone."""
+    if torch.is_tensor(x):
+        if x.ndim == 3:                            # (3,H,W)
+            return x[None], lambda y: y[0]
+        return x, lambda y: y
+    import numpy as np
+    from PIL import Image, ImageOps
+    if isinstance(x, (str, Path)):
+        with Image.open(x) as image:               # a missing or torn file is pillow's to name
+            return to_batch(image, like)
+    if isinstance(x, Image.Image):
+        if x.mode[0] in "IF":                      # 16 bits or more: pillow would cut them at 255
+            raise ValueError(f"restore takes images of 8 bits, not of mode {x.mode}")
+        # Cameras store pictures as the sensor lay, and how to turn them in EXIF.
+        pixels, back = to_batch(np.asarray(ImageOps.exif_transpose(x).convert("RGB")), like)
+        return pixels, lambda y: Image.fromarray(back(y))
+    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] != 3 or (
+            x.dtype != np.uint8 and x.dtype.kind != "f"):
+        what = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise ValueError("restore takes a path, a PIL image, a tensor, or an array (H,W,3) of "
+                         f"uint8 or floats, not {what}")
+    full = 255 if x.dtype == np.uint8 else 1       # floats beyond [0,1] are for restore to refuse
+
+    def back(y):
+        y = y[0].permute(1, 2, 0).float().cpu()                                 # (H,W,3)
+        if full == 255:                            # as the protocol rounds: see eval.restored
+            y = (y * 255).round().clamp(0, 255)
+        return y.numpy().astype(x.dtype)
+    pixels = torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None]
+    return pixels if like is None else pixels.to(like), back
+
 
 # ---- Tiles and strips: bounded memory for pictures of any size -----------------------------------
 
@@ -890,15 +960,15 @@ def restore_tiled(model, run, x, tile, overlap, report):
     overlap = getattr(model, "overlap", 64) if overlap is None else overlap
     tile = math.ceil(tile / multiple) * multiple
     if not 2 * context < overlap < tile:
-        raise ValueError(f"overlap must lie between {2 * context + 1} and {tile - 1}, "
-                         f"not {overlap}")
+        raise ValueError(f"tile must be more than overlap, and overlap more than {2 * context}: "
+                         f"not {tile} and {overlap}")
     h, w = x.shape[2:]
     y, total = torch.zeros_like(x), torch.zeros_like(x[:1, :1])                 # (1,1,H,W)
     corners = [(top, left) for top in tile_starts(h, tile, overlap)
                for left in tile_starts(w, tile, overlap)]
     for count, (top, left) in enumerate(corners, 1):
         window = (..., slice(top, top + tile), slice(left, left + tile))
-        part = x[window]
+        part = x[window]                                                        # (N,3,tile,tile)
         down = trapezoid(top, part.shape[2], h, overlap, context, x)
         across = trapezoid(left, part.shape[3], w, overlap, context, x)
         weight = down[:, None] * across                                         # (tile,tile)
@@ -929,10 +999,10 @@ def trapezoid(start, length, size, overlap, context, like):
 
 def read_prompt_of_any_size(model, x, task):
     """model.read_prompt, also where a photo as its own prompt is too large or too small for it."""
-    if model.prompt != "ap":
+    if model.prompt != "ap":                                   # their prompts are 128 x 128
         return model.read_prompt(x, task)
     h, w = x.shape[2:]
-    if h * w > 2 ** 22:
+    if h * w > 2 ** 22:               # 4 megapixels: the first map alone would take 268 MB
         return model.path.scales_and_shifts([mean_by_strips(extract, x)
                                              for extract in model.path.extract])
     return model.read_prompt(reflect_pad(x, 0, max(5 - w, 0), 0, max(5 - h, 0)), task)
@@ -949,7 +1019,7 @@ def mean_by_strips(extract, p, rows=64):
         size = (size + 2 - conv.kernel_size[0]) // 2 + 1                        # height of the map
     total = 0
     for first in range(0, size, rows):
-        last, above = min(first + rows, size), min(first, 1)
+        last, above = min(first + rows, size), min(first, 1)   # there is no row above the first
         strip = p[:, :, 8 * (first - above):8 * last + 16]
         f = extract.features(strip)[:, :, above:above + last - first]
         total = total + f.mean(3).sum(2)                                        # (N,64)
@@ -961,13 +1031,20 @@ def mean_by_strips(extract, p, rows=64):
 def load_model(path, weights="raw", device="cpu", prompts=None):
     """A model from a file: one of ours, or one published with the paper. Returns (model, info).
 
-    weights: "raw" (what the paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
+    path: a file; or the folder of a run, which stands for its last.pt. weights: "raw" (what the
+    paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
     info: {"arch", "prompt", "sizes", "published", ...}; ours adds what train.py stored beside it.
+    A bare state_dict, of our names or the published ones, is taken to be of the paper's size; it
+    may lie in {"params"}, {"state_dict"} or {"model"}, its names after module., net., _orig_mod.
     Read with weights_only=True, so that a file can hold numbers but can't run code.
     Raises ValueError with one line that names the file and what is wrong with it.
     """
+    if Path(path).is_dir():                        # of a run
+        path = Path(path) / "last.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: No such file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:              # torch raises a dozen kinds for torn, foreign and hostile files
@@ -977,31 +1054,46 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(saved).__name__}")
     try:
         if "mioir" in saved:
-            model, info = _load_own(saved, weights)
+            model, info = _load_own(saved, weights, prompts)
         else:
-            model, info = _load_published(saved, weights, prompts)
-    except KeyError as error:
+            model, info = _load_bare(saved, weights, prompts)
+    except KeyError as error:                      # of ours, but not whole
         raise ValueError(f"{path}: key {error} is missing") from None
     except (ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), info
 
 
-def _load_own(saved, weights):
+def _load_own(saved, weights, prompts):
     """(model, info) of a checkpoint of train.py."""
+    if prompts is not None:
+        raise ValueError("holds its own prompt images: --prompts is for published 'ep' models")
     if saved["arch"] == "classifier":
         model = TaskClassifier(**saved["sizes"])
     else:
         model = build_model(saved["arch"], saved["prompt"], **saved["sizes"])
+    if "prompts" in saved[weights]:                # as many as there were tasks when it was trained
+        model.prompts = torch.empty_like(saved[weights]["prompts"], dtype=torch.float32)
     _check_names(_shapes(model.state_dict()), _shapes(saved[weights]))
     model.load_state_dict(saved[weights])
     info = {key: value for key, value in saved.items() if key not in ("raw", "ema", "optimizer")}
     return model, {**info, "published": False}
 
 
-def _load_published(saved, weights, prompts):
-    """(model, info) of a checkpoint of the paper's authors, told by its keys."""
+def _load_bare(saved, weights, prompts):
+    """(model, info) of weights alone, told by their keys: ours, or of the paper's authors.
+
+    Keys and shapes say which network and which prompt. Nothing says how many blocks of what width
+    there should be, so the paper's sizes are assumed, and _check_names refuses any others.
+    """
     state = _unwrap(saved, weights)
+    for arch, mark in _OWN_MARKS.items():
+        if mark in state:
+            # What train.py would have stored beside the weights.
+            prompt = _kind_of_prompt(state, "path.extract.0.conv1.weight")      # or None
+            sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
+            return _load_own({"mioir": 1, "arch": arch, "prompt": prompt, "sizes": sizes,
+                              weights: state}, weights, prompts)
     arch, prompt = _identify(state)
     if prompt == "ep" and prompts is None:
         raise ValueError("a published 'ep' model needs the prompt images it was trained with, and "
@@ -1028,12 +1120,20 @@ def load_official(model, state_dict, prompts=None):
 
 
 def _unwrap(saved, weights="raw"):
-    """Out of {"params", "params_ema"}, the "module." prefix, and buffers that the sizes imply."""
-    saved = saved.get("params" if weights == "raw" else "params_ema", saved)
+    """Out of wrappers, prefixes, and buffers that the sizes imply.
+
+    {"params", "params_ema"} is BasicSR's, {"state_dict"} Lightning's, {"model"} everybody's;
+    module. comes from DistributedDataParallel, _orig_mod. from torch.compile, net. from a wrapper.
+    """
+    if weights == "ema" and "params_ema" not in saved:
+        raise ValueError("holds no moving average of the weights (EMA): leave --weights ema out")
+    names = ("params", "state_dict", "model") if weights == "raw" else ("params_ema",)
+    for name in names:
+        saved = saved.get(name, saved)             # where there is no such wrapper, as it is
     state = {}
     for key, value in saved.items():
         if not key.endswith(("relative_position_index", "attn_mask")):
-            state[key.removeprefix("module.")] = value
+            state[re.sub(r"^((module|net|_orig_mod)\.)+", "", key)] = value     # one or several
     return state
 
 
@@ -1041,15 +1141,24 @@ def _unwrap(saved, weights="raw"):
 _MARKS = {"promptir": "prompt1.prompt_param", "restormer": "latent.0.attn.temperature",
           "uformer": "input_proj.proj.0.weight", "swinir": "conv_after_body.weight",
           "srresnet": "conv_hr.weight", "classifier": "CondNet.0.weight"}
+# The same by our own names, of which the published files have none.
+_OWN_MARKS = {"promptir": "interact.0.generate.components", "restormer": "embed.weight",
+              "uformer": "input.weight", "swinir": "norm_first.weight",
+              "srresnet": "blocks.0.conv1.weight", "classifier": "features.0.weight"}
+
+
+def _kind_of_prompt(state, *names):
+    """"ep", "ap" or None, by the first convolution of F_ext: (64,1,7,7) reads grey prompt images,
+    (64,3,7,7) the degraded image. names: how it may be called."""
+    for name in names:
+        if name in state:
+            return {1: "ep", 3: "ap"}[state[name].shape[1]]
 
 
 def _identify(state):
     for arch, mark in _MARKS.items():
         if mark in state:
-            for name in ("F_ext_net.conv1.weight", "F_ext_net1.conv1.weight"):
-                if name in state:                  # (64,1,7,7) reads grey prompts; 3: the image
-                    return arch, {1: "ep", 3: "ap"}[state[name].shape[1]]
-            return arch, None
+            return arch, _kind_of_prompt(state, "F_ext_net.conv1.weight", "F_ext_net1.conv1.weight")
     first = ", ".join(map(str, list(state)[:3])) or "nothing"
     raise ValueError(f"none of the published models: its keys begin with {first}")
 
@@ -1060,17 +1169,19 @@ def _fill(model, state, prompts):
     for name, cls in MODELS.items():
         if type(model) is cls:
             arch = name
-    own, sources, expected = {}, {}, {}
+    own = {}              # our name: our tensor
+    sources = {}          # our name: the one or two published names that it is made of
+    expected = {}         # published name: its shape
     for name, value in model.state_dict().items():
         if name != "prompts":
             own[name], sources[name] = value, published_names(arch, model, name)
-            rows, rest = value.shape[0], value.shape[1:]
+            rows, rest = value.shape[0], value.shape[1:]         # a linear layer's is (rows, cols)
             if len(sources[name]) == 1:
                 expected[sources[name][0]] = (rows, *rest)
             else:                                  # our qkv is their to_q, then their to_kv
                 expected[sources[name][0]] = (rows // 3, *rest)
                 expected[sources[name][1]] = (rows // 3 * 2, *rest)
-    _check_names(expected, _shapes(state))
+    _check_names(expected, _shapes(state))         # all, before the first is copied
     for name, value in own.items():
         value.copy_(torch.cat([state[source] for source in sources[name]]))
     if prompts is not None:
@@ -1097,7 +1208,7 @@ def _check_names(expected, found):
     for name in found:
         if name not in expected:
             faults["unexpected"].append(name)
-    said = []
+    said = []             # five names of each kind: a wrong model has hundreds
     for fault, names in faults.items():
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         if names:

@@ -48,8 +48,8 @@ from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, 
                      leaf_items, photo_items, prior_knots, read_image, seeded)
 from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
                   match_pairs, matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
-from mioir import (ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet, TaskClassifier,
-                   WindowBlock, build_model, load_model, reflect_pad)
+from mioir import (ANSWERS, ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
+                   TaskClassifier, WindowBlock, build_model, load_model, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
@@ -301,7 +301,7 @@ def make_batch(samples, crop, device):
     canvas = torch.stack([s["canvas"] for s in samples])                        # (N,3,edge,edge)
     canvas = canvas.to(device, non_blocking=True).float() / 255
     degraded = torch.empty_like(canvas)
-    for task in (*TASKS, "none"):                              # all images of a task at once
+    for task in ANSWERS:                              # all images of a task at once
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         if rows:
             degraded[rows] = degrade_group(canvas[rows], task, [samples[i] for i in rows])
@@ -312,7 +312,7 @@ def make_batch(samples, crop, device):
         pair = turned(pair, s["turn"])
         lq.append(pair[:3])
         gt.append(pair[3:])
-    task = torch.tensor([(*TASKS, "none").index(s["task"]) for s in samples], device=device)
+    task = torch.tensor([ANSWERS.index(s["task"]) for s in samples], device=device)
     return torch.stack(lq), torch.stack(gt), task
 
 
@@ -944,7 +944,7 @@ class Log:
         self.speaks = run.leads
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
         self.total = sum(stage.iterations for stage in run.stages)
-        self.losses = {task: [] for task in (*TASKS, "none")}
+        self.losses = {task: [] for task in ANSWERS}
         self.iterations = 0                        # of this session: a resumed run counts anew
         self.start, self.idle = time.monotonic(), 0.0       # idle: seconds spent validating
         # Ctrl-C and `kill` ask: the loop ends its iteration, saves, and says how to go on.
@@ -996,7 +996,7 @@ class Log:
         """One line about the iterations since the last one."""
         means = {task: round(sum(values) / len(values), 5)
                  for task, values in self.losses.items() if values}
-        self.losses = {task: [] for task in (*TASKS, "none")}
+        self.losses = {task: [] for task in ANSWERS}
         losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
         images = self.rate() * run.recipe["batch"]
         self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | "

@@ -1,11 +1,14 @@
-"""The networks: equal to the published ones, at any size, on any device."""
+"""The networks: equal to the published ones, at any size, on any device, from any kind of picture or file."""
+import contextlib
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mioir
 from mioir import ARCHS, TASKS, TaskClassifier, build_model, identify_official, load_official, restore
@@ -146,7 +149,7 @@ def test_load_official_is_strict_and_names_the_key(change, words):
     (lambda: build_model("promptir", "ep"), "prompts of its own"),
     (lambda: build_model("srresnet", depth=3), "depth"),
     (lambda: small("srresnet", "ep")(torch.rand(1, 3, 8, 8)), "task"),
-    (lambda: restore(small("srresnet"), torch.rand(3, 8, 8)), "(N,3,H,W)"),
+    (lambda: restore(small("srresnet"), torch.rand(4, 8, 8)), "(N,3,H,W)"),
     (lambda: load_official(build_model("srresnet", "ep"), published_state("srresnet-ep"), torch.rand(6, 128, 128)),
      "(7, 128, 128)"),
 ])
@@ -289,3 +292,92 @@ def test_attention_in_one_kernel_is_the_plain_formula(shifted, monkeypatch):
     towards, inputs = torch.randn_like(plain), (t, *attention.parameters())
     for a, b in zip(*(torch.autograd.grad(out, inputs, towards, retain_graph=True) for out in (plain, fused))):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+# restore takes pictures; load_model takes what people have ----------------------------------------------
+
+def kinds(folder):
+    """The same picture, (name, x), in each kind that restore takes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    Image.fromarray(pixels).save(folder / "x.png")
+    return {"tensor": tensor[None], "image of a batch": tensor, "uint8": pixels, "float": pixels.astype(np.float64) / 255,
+            "PIL": Image.fromarray(pixels), "path": folder / "x.png", "name": str(folder / "x.png")}
+
+
+def test_restore_gives_back_the_kind_it_was_given(tmp_path):
+    model, pictures = small("srresnet", "ep"), kinds(tmp_path)
+    truth = restore(model, pictures["tensor"], torch.tensor([TASKS.index("noise")]))[0].permute(1, 2, 0).numpy()
+    for kind, x in pictures.items():
+        y = restore(model, x, "noise")
+        expected = Image.Image if kind in ("path", "name", "PIL") else type(x)
+        assert isinstance(y, expected) and getattr(y, "dtype", None) == getattr(x, "dtype", None), kind
+        if torch.is_tensor(y):
+            assert y.shape == x.shape
+            y = y.reshape(3, 20, 30).permute(1, 2, 0).numpy()
+        y, bytes_or_floats = np.asarray(y), np.asarray(y).dtype
+        if bytes_or_floats == np.uint8:
+            assert np.abs(y / 255 - truth.clip(0, 1)).max() < 0.003, kind
+        else:
+            assert np.abs(y - truth).max() < 1e-6, kind
+
+
+@pytest.mark.parametrize("x, task, words", [
+    (torch.rand(1, 3, 8, 8) * 255, "noise", "divide by 255"), (np.full((8, 8, 3), 90.0), "noise", "divide by 255"),
+    (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "noise", "divide by 255"), (np.zeros((8, 8)), "noise", "(H,W,3)"),
+    (np.zeros((3, 8, 8), np.uint8), "noise", "(H,W,3)"), (torch.rand(8, 8), "noise", "(N,3,H,W)"), ([1], "noise", "list"),
+    (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'")])
+def test_restore_refuses_what_it_cannot_read_in_one_line(x, task, words):
+    with pytest.raises(ValueError) as caught:
+        restore(small("srresnet", "ep"), x, task)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_restore_leaves_every_modules_mode_as_it_was_also_after_an_exception():
+    class Failing(mioir.Backbone):
+        def body(self, x, prompt):
+            raise KeyError("inside")
+    for model in (small("srresnet", "ep"), Failing(None, {}, 64)):
+        model.train()
+        model.frozen = torch.nn.Dropout().eval()           # someone keeps a part in eval mode
+        before = [module.training for module in model.modules()]
+        with contextlib.suppress(KeyError):
+            restore(model, torch.rand(1, 3, 8, 8), "noise")
+        with pytest.raises(ValueError):
+            restore(model, torch.rand(8, 8), "noise")
+        assert [module.training for module in model.modules()] == before and model.training
+
+
+PUBLISHED_CLASSIFIER = {mioir.published_names("classifier", None, name)[0]: value
+                        for name, value in TaskClassifier().state_dict().items()}
+WRAPPERS = {"bare": lambda s: s, "state_dict": lambda s: {"state_dict": s, "epoch": 3}, "model": lambda s: {"model": s},
+            "module.": lambda s: {f"module.{k}": v for k, v in s.items()}, "params": lambda s: {"params": s},
+            "net.": lambda s: {"state_dict": {f"net.{k}": v for k, v in s.items()}},
+            "_orig_mod.": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_weights_are_read_out_of_wrappers_by_our_names_and_the_published(tmp_path, wrapper):
+    for name, state in (("ours", TaskClassifier(none=True).state_dict()), ("theirs", PUBLISHED_CLASSIFIER),
+                        ("net", build_model("srresnet", "ap").state_dict())):
+        torch.save(WRAPPERS[wrapper](state), tmp_path / f"{name}.pt")
+        model, info = mioir.load_model(tmp_path / f"{name}.pt")
+        assert info["published"] == (name == "theirs") and info["prompt"] == ("ap" if name == "net" else None)
+        values = list(state.values())
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), values))
+        with pytest.raises(ValueError, match="EMA"):
+            mioir.load_model(tmp_path / f"{name}.pt", "ema")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_bare_state_dict_of_ours_tells_its_network(arch):
+    with torch.device("meta"):
+        state = build_model(arch).state_dict()
+    assert next(name for name, mark in mioir._OWN_MARKS.items() if mark in state) == arch
+
+
+def test_a_folder_stands_for_its_last_checkpoint_and_what_is_missing_is_called_missing(tmp_path):
+    with pytest.raises(ValueError, match="last.pt: No such file"):
+        mioir.load_model(tmp_path)
+    torch.save(PUBLISHED_CLASSIFIER, tmp_path / "last.pt")
+    assert mioir.load_model(tmp_path)[1]["arch"] == "classifier"

@@ -298,13 +298,18 @@ BAD_REQUESTS = {
     "auto without a classifier": (["--task", "auto", "--classifier", "nothing.pt"], ["nothing.pt", "--classifier"]),
     "a restorer as classifier": (["--task", "auto", "--classifier", "ep.pt"], ["not a task classifier"]),
     "an ending that is no picture's": (["--output", "out.doc"], ["out.doc", ".png"]),
-    "a folder for one picture": (["--interpolate", "noise,jpeg", "--output", "pictures"], ["pictures", ".png"]),
-    "a picture for a table": (["--input", "", "--testsets", ".", "--output", "sets.png"], ["sets.png", ".json"]),
+    "a folder for one picture": (["--output", "pictures"], ["pictures", ".png"]),
+    "a picture for a table": (["--input", "", "--task", "", "--testsets", ".", "--output", "sets.png"], ["sets.png", ".json"]),
     "negative tile": (["--tile", "-3"], ["--tile"]),
-    "tile too small for its overlap": (["--tile", "8"], ["overlap"]),
+    "tile too small for its overlap": (["--tile", "32"], ["--tile 32", "at least 81"]),
     "prompts that are no file": (["--prompts", "nothing.npy"], ["nothing.npy"]),
-    "interpolation between unknowns": (["--interpolate", "fog,noise"], ["fog"]),
-    "interpolation of one": (["--interpolate", "noise"], ["--interpolate"]),
+    "interpolation between unknowns": (["--task", "", "--interpolate", "fog,noise"], ["fog"]),
+    "interpolation of one": (["--task", "", "--interpolate", "noise"], ["--interpolate A,B needs"]),
+    "negative weights": (["--task", "noise:-1,jpeg:2"], ["negative"]),
+    "weights of nothing": (["--task", "noise:0"], ["all zero"]),
+    "a weight that is no number": (["--task", "noise:nan"], ["--task noise:nan"]),
+    "a missing picture": (["--input", "nothing.png"], ["--input nothing.png: No such file"]),
+    "a classifier that is not asked": (["--classifier", "classifier.pt"], ["--classifier", "auto"]),
     "weights that are neither": (["--weights", "best"], ["best", "ema"]),
 }
 
@@ -334,6 +339,223 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_leave_nothing(files, tm
                            "--output", tmp_path / "out.png", "--task", "sr"], capture_output=True, text=True)
     assert done.returncode == 1 and "not written" in done.stderr and "Traceback" not in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"in.png", "file"}
+
+
+# Do no harm -------------------------------------------------------------------------------------------
+
+def answering(folder, name, sure=True, none=True):
+    """A classifier that gives one answer, whatever it sees."""
+    classifier = mioir.TaskClassifier(16, none=none)
+    with torch.no_grad():
+        classifier.head.weight.zero_()
+        classifier.head.bias.zero_()[mioir.ANSWERS.index(name)] = 9.0 if sure else 0.5
+    return store(folder / "answers.pt", classifier, "classifier", None, {"width": 16, "none": none})
+
+
+@pytest.mark.parametrize("name, sure, none, touched, words", [
+    ("none", True, True, False, "nothing found: left as it is; --task NAME forces one"),
+    ("noise", False, True, False, "too little: left as it is; --task NAME forces one"),
+    ("noise", True, True, True, "task noise, 100 % sure"),
+    ("noise", False, False, True, "low: look at it")])              # the published one has seven answers: as before
+def test_auto_leaves_a_clean_or_doubtful_picture_alone_and_names_the_flag(files, tmp_path, capsys, name, sure, none, touched, words):
+    turned(tmp_path / "in.png")                                     # with EXIF, which only a copy keeps
+    classifier = answering(tmp_path, name, sure, none)
+    restore(files, tmp_path / "in.png", tmp_path / "out.png", "--classifier", classifier, task=None)
+    assert words in capsys.readouterr().out
+    assert ((tmp_path / "in.png").read_bytes() != (tmp_path / "out.png").read_bytes()) == touched
+
+
+def test_a_clean_picture_left_alone_changes_its_format_where_that_is_asked_for(files, tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    out = restore(files, tmp_path / "in.png", tmp_path / "out.bmp", "--classifier", answering(tmp_path, "none"), task="auto")
+    assert np.array_equal(np.asarray(out), PIXELS)
+
+
+def test_a_picture_known_to_be_damaged_gets_the_best_of_the_seven_answers(tmp_path):
+    classifier, info = mioir.load_model(answering(tmp_path, "none"))
+    with torch.no_grad():
+        classifier.head.bias[TASKS.index("rain")] = 3
+    x = torch.rand(1, 3, 40, 40)
+    assert evaluation.classify(classifier, x, "cpu")[0] == "none"
+    assert evaluation.classify(classifier, x, "cpu", damaged=True)[0] == "rain" and info["sizes"]["none"]
+
+
+def test_clean_pairs_are_originals_jpegs_and_smaller_copies(monkeypatch):
+    images = evaluation.builtin_images(3, 64)
+    (same, _), (jpeg, _), (smaller, _) = pairs = evaluation.clean_pairs(images, 3)
+    assert torch.equal(*pairs[1]) and np.array_equal(degrade.to_image(same), degrade.to_image(images[0][0]))
+    assert 35 < evaluation.psnr(degrade.to_image(jpeg), degrade.to_image(images[1][0])) < 60
+    assert 0.7 * 64 - 1 <= smaller.shape[2] < 64 and torch.equal(smaller, evaluation.clean_pairs(images, 3)[2][0])
+
+
+def test_a_classifier_with_eight_answers_shows_eight_rows_and_their_mean(tmp_path, capsys, monkeypatch):
+    images = evaluation.builtin_images(2, 64)
+    monkeypatch.setattr(evaluation, "builtin_images", lambda: images)
+    run(answering(tmp_path, "none"))
+    said = capsys.readouterr().out
+    assert "accuracy 12.5 %" in said and "accuracy 14.3 %" in said  # one of eight; Out-Dis lacks sr
+    row = next(line for line in said.splitlines() if line.startswith("| none"))
+    assert [int(n) for n in row.split("|")[2:-1]] == [0] * 7 + [2]
+
+
+# Nothing is overwritten, nothing is ignored -----------------------------------------------------------
+
+WRITES = {
+    "strips": ([], "x.png"), "matrix": (["--prompt-matrix"], "x.png"),
+    "interpolation": (["--interpolate", "noise,jpeg", "--input", "in.png"], "x.png"),
+    "testsets": (["--testsets", "sets"], "x.json"), "export": (["--export", "x.pt"], "x.pt"),
+    "picture": (["--input", "in.png", "--task", "noise"], "x.png"),
+    "comparison": (["--input", "in.png", "--task", "noise", "--compare"], "x_compare.png"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_every_file_that_is_there_stays_and_is_named_before_any_work(files, tmp_path, kind, monkeypatch):
+    def work(*more, **named):
+        raise AssertionError("asked too late")
+    monkeypatch.chdir(tmp_path)
+    for name in ("restored", "to_tensor"):
+        monkeypatch.setattr(evaluation, name, work)
+    (tmp_path / "sets" / "single_indis" / "rain").mkdir(parents=True)
+    Image.fromarray(PIXELS).save("in.png")
+    argv, name = WRITES[kind]
+    (tmp_path / name).write_text("precious")
+    output = [] if kind == "export" else ["--output", name.replace("_compare", "")]
+    line = refused(files / "ep.pt", *argv, *output)
+    assert f"{name} exists" in line and "--overwrite" in line and (tmp_path / name).read_text() == "precious"
+
+
+def test_results_beside_a_checkpoint_are_numbered_and_named(files, tmp_path, monkeypatch, capsys):
+    images = evaluation.builtin_images(1, 64)
+    monkeypatch.setattr(evaluation, "builtin_images", lambda: images)
+    (tmp_path / "last.pt").write_bytes((files / "ep.pt").read_bytes())
+    (tmp_path / "strips.png").write_text("of the training")
+    run(tmp_path)                                          # a folder stands for its last.pt
+    run(tmp_path / "last.pt")
+    said = capsys.readouterr()
+    assert "strips-2.png" in said.out and "strips-3.png" in said.out and "last.pt" in said.err
+    assert (tmp_path / "strips.png").read_text() == "of the training" and Image.open(tmp_path / "strips-3.png")
+
+
+def test_export_makes_its_folder_and_never_replaces_a_runs_checkpoint(files, tmp_path):
+    saved = torch.load(files / "ep.pt", weights_only=True)
+    torch.save({**saved, "optimizer": {}, "stage": 0, "iteration": 1}, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    assert "--resume" in refused(tmp_path / "last.pt", "--export", tmp_path / "last.pt", "--overwrite")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    run(tmp_path / "last.pt", "--export", tmp_path / "new" / "half.pt")
+    run(tmp_path / "last.pt", "--export", tmp_path / "new" / "half.pt", "--overwrite")
+    assert "optimizer" not in torch.load(tmp_path / "new" / "half.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--expect", "30"], ["--expect", "--testsets"]), (["--task", "noise"], ["--task", "--input"]),
+    (["--oracle"], ["--oracle", "--testsets"]), (["--tolerance", "0.05"], ["--tolerance"]),
+    (["--steps", "5"], ["--steps", "--interpolate"]), (["--compare"], ["--compare", "--input"]),
+    (["--tile", "0"], ["--tile", "the table"]), (["--classifier", "c.pt"], ["--classifier", "--input or --testsets"]),
+    (["--prompt-matrix", "--expect", "3"], ["--expect", "--prompt-matrix"]),
+    (["--export", "x.pt", "--tile", "512"], ["--tile", "--export"]), (["--export", "x.pt", "--output", "y.pt"], ["--output"]),
+    (["--input", "a.png", "--testsets", "b"], ["--testsets", "--input"]), (["--input", "a.png", "--images", "b"], ["--images"]),
+    (["--input", "a.png", "--seed", "0"], ["--seed"]), (["--testsets", "b", "--task", "noise"], ["--task"]),
+    (["--depth", "d"], ["--depth", "--images"]), (["--testsets", "b", "--oracle", "--classifier", "c.pt"], ["--oracle"]),
+    (["--images", "a file.png"], ["--images a file.png is a file"]), (["--testsets", "a file.png"], ["is a file"])])
+def test_a_flag_that_would_be_ignored_is_refused_before_the_checkpoint_is_read(tmp_path, argv, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(PIXELS).save("a file.png")
+    line = refused("no checkpoint.pt", *argv)
+    assert all(word in line for word in words) and "no checkpoint" not in line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["in.png"], ["is a picture", "--input in.png"]), (["folder"], ["folder/last.pt: No such file"]),
+    (["nothing.pt"], ["nothing.pt: No such file"]), (["--input", "folder", "--output", "in.png"], ["--input is a folder"])])
+def test_a_mistaken_path_is_called_what_it_is(tmp_path, argv, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(PIXELS).save("in.png")
+    (tmp_path / "folder").mkdir()
+    assert all(word in (line := refused(*argv)) for word in words) and "unreadable" not in line
+
+
+# What a line says -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, expected", [
+    ("noise,jpeg", {"noise": 0.5, "jpeg": 0.5}), (" Noise : 3 , JPEG:1", {"noise": 0.75, "jpeg": 0.25}), ("noise:7", {"noise": 1})])
+def test_mixtures_are_normalised_and_read_generously(text, expected):
+    weights = evaluation.parse_task(text)[0].tolist()
+    assert weights == pytest.approx([expected.get(task, 0) for task in TASKS])
+
+
+def test_a_task_that_a_model_cannot_read_or_has_not_learned_is_said(files, tmp_path, capsys, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    restore(files, tmp_path / "in.png", tmp_path / "a.png", model="ap.pt", task="noise")
+    assert "--task ignored: this model takes no prompt" in capsys.readouterr().out
+    saved = torch.load(files / "ep.pt", weights_only=True)
+    order = [["noise"], ["noise", "rain"], ["noise", "rain", "sr"]]
+    torch.save({**saved, "stage": 1, "facts": {"order": order, "periods": [[1]] * 3}}, tmp_path / "half.pt")
+    run(tmp_path / "half.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "b.png", "--task", "rain")
+    assert "warning" not in capsys.readouterr().out
+    run(tmp_path / "half.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "c.png", "--task", "noise,sr")
+    assert "warning: this model has not learned sr" in capsys.readouterr().out
+    images = evaluation.builtin_images(1, 64)
+    monkeypatch.setattr(evaluation, "builtin_images", lambda: images)
+    run(tmp_path / "half.pt")
+    said = capsys.readouterr().out
+    assert "| haze (not trained) |" in said and "| noise  " in said and "rain (not" not in said
+
+
+def test_comparisons_show_the_whole_picture_in_its_own_shape(files, tmp_path):
+    Image.fromarray(np.tile(PIXELS, (1, 40, 1))).save(tmp_path / "in.png")                     # 2400 x 41
+    restore(files, tmp_path / "in.png", tmp_path / "out.png", "--compare")
+    assert Image.open(tmp_path / "out_compare.png").size == (2406, 21)                         # two of 1200 x 21
+
+
+def test_a_folders_own_results_are_not_restored_again(files, tmp_path, capsys):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    for _ in range(2):
+        run(files / "ep.pt", "--input", tmp_path, "--output", tmp_path / "out", "--task", "noise", "--compare", "--overwrite")
+        assert "1 of 1 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ("to_rgb", "to_tensor", "classify", "restored"))
+def test_a_picture_beyond_the_memory_is_named_and_the_rest_goes_on(files, tmp_path, where, monkeypatch, capsys):
+    for name, width in (("a", 60), ("b", 50), ("c", 60)):
+        Image.fromarray(PIXELS[:, :width]).save(tmp_path / f"{name}.png")
+    real, calls = getattr(evaluation, where), []
+
+    def lacking(*more, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*more, **named)
+    monkeypatch.setattr(evaluation, where, lacking)
+    with pytest.raises(SystemExit):
+        run(files / "ep.pt", "--input", tmp_path, "--output", tmp_path / "out", "--classifier", files / "classifier.pt")
+    said = capsys.readouterr()
+    assert "2 of 3" in said.out and f"failed: {tmp_path / 'b.png'}: not enough memory" in said.err
+
+
+def test_a_log_file_hears_of_a_long_picture_every_thirty_seconds(files, monkeypatch, capsys):
+    clock = iter(range(0, 10000, 7))
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))
+    report = evaluation.tile_reporter()
+    for done in range(1, 21):
+        report(done, 20)
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 14 and all("of 20" in line and "\r" not in line for line in lines)
+
+
+def test_names_that_a_terminal_cannot_show_fail_nothing_and_no_posix_module_is_needed(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("Größe.png".encode(), b"\xff.png"):
+        with open(os.path.join(os.fsencode(tmp_path / "in"), name), "wb") as file:
+            Image.fromarray(PIXELS).save(file, "PNG")
+    code = ("import sys; sys.modules.update(dict.fromkeys(('resource', 'fcntl', 'pwd', 'grp', 'termios'))); "
+            "sys.path.insert(0, sys.argv.pop(1)); import eval; eval.main()")
+    done = subprocess.run([sys.executable, "-c", code, ROOT, files / "ep.pt", "--input", tmp_path / "in", "--output",
+                           tmp_path / "out", "--task", "noise"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"2 of 2" in done.stdout and b"failed" not in done.stderr, done
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 # Test sets --------------------------------------------------------------------------------------------
@@ -384,7 +606,9 @@ def test_the_test_set_table(files, written, capsys):
     said = capsys.readouterr()
     assert "Toled_val" in said.err and "In-Dis average" in said.out and "Out-Dis average" in said.out
     report = json.loads((written / "report.json").read_text())
-    assert report["paper"]["rain"] == 34.31                     # SRResNet-S+EP
+    assert report["paper"] == {} and "paper" not in said.out    # another model, other images: not to be compared
+    assert report["gain"]["rain"] == pytest.approx(report["psnr"]["rain"] - report["psnr_in"]["rain"])
+    assert "PSNR in" in said.out and "gain" in said.out and report["images"]["rain"] == 3
     model, _ = mioir.load_model(files / "ep.pt")
     scores = []
     for name in ("a", "b", "more_c"):
@@ -394,16 +618,28 @@ def test_the_test_set_table(files, written, capsys):
     assert report["psnr"]["rain"] == pytest.approx(np.mean(scores), abs=1e-6)
     average = np.mean([report["psnr"][task] for task in TASKS])
     assert report["psnr"]["In-Dis"] == pytest.approx(average)
-    run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average, "--output", written / "r.json")
+    run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average, "--output", written / "r.json", "--overwrite")
     line = refused(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average + 1,
-                   "--output", written / "r.json")
+                   "--output", written / "r.json", "--overwrite")
     assert f"{average:.2f}" in line
+
+
+def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
+    info, args = {"arch": "srresnet", "prompt": "ep", "sizes": {}, "published": False, "facts": {"periods": [[1]] * 7}}, None
+    whole = dict.fromkeys(evaluation.TESTSETS, 100)
+    figures = evaluation.comparable_figures(args, info, whole)
+    assert figures["rain"] == 34.31 and figures["In-Dis"] == 30.36 and figures["Unknown"] == 17.84
+    fewer = evaluation.comparable_figures(args, info, {**whole, "rain": 2})
+    assert set(figures) - set(fewer) == {"rain", "In-Dis"}
+    assert "Unknown" not in evaluation.comparable_figures(args, info, {**dict.fromkeys(TASKS, 100), "Toled_val": 30})
+    assert evaluation.comparable_figures(args, {**info, "sizes": {"width": 16}}, whole) == {}
+    assert "difference" not in str(evaluation.testset_rows({"rain": [30.0, 0.9, 20.0, 10.0]}, {}))
 
 
 def test_the_published_protocol_runs_pictures_whole_and_says_so_where_memory_lacks(files, written, tmp_path, monkeypatch):
     """Above a megapixel, too, where one's own photos are tiled."""
     tiles, real = [], evaluation.restore
-    monkeypatch.setattr(evaluation, "auto_tile", lambda x: 32)
+    monkeypatch.setattr(evaluation, "auto_tile", lambda h, w: 32)
     monkeypatch.setattr(evaluation, "restore", lambda model, x, task, tile, **more: tiles.append(tile) or real(model, x, task, **more))
     argv = (files / "ep.pt", "--testsets", written / "sets", "--oracle", "--overwrite", "--output", tmp_path / "r.json")
     run(*argv)
