@@ -1163,7 +1163,7 @@ def read_curves(log):
 
     The log counts each stage's iterations from 1; here they are counted over all stages.
     """
-    losses, rates = {task: [] for task in TASKS}, []
+    losses, rates = {name: [] for name in ANSWERS}, []
     stage, iteration, before = 1, 0, 0
     for line in Path(log).read_text().splitlines():
         entry = json.loads(line)

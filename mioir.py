@@ -221,16 +221,17 @@ class SRResNet(Backbone):
 
     def body(self, x, prompt):
         """x: (N,3,H,W) -> (N,3,H,W)."""
-        f = F.leaky_relu(self.conv_first(x), 0.1)                               # (N,64,H,W)
-        for first in range(0, len(self.blocks), 4):
-            f = self.four_blocks(f, prompt, first)                              # (N,64,H,W) *
-        f = modulate(F.leaky_relu(self.conv_hr(f), 0.1), prompt, "hr")          # (N,64,H,W) *
+        f = F.leaky_relu(self.conv_first(x), 0.1, inplace=True)                 # (N,64,H,W)
+        for first in range(0, len(self.blocks), 3):
+            f = self.three_blocks(f, prompt, first)                             # (N,64,H,W) *
+        f = F.leaky_relu(self.conv_hr(f), 0.1, inplace=True)
+        f = modulate(f, prompt, "hr")                                           # (N,64,H,W) *
         return modulate(self.conv_last(f), prompt, "last") + x                  # (N,3,H,W)  *
 
-    def four_blocks(self, f, prompt, first):
-        """Blocks first .. first + 3. A function of its own, so that train.py --checkpointing can
+    def three_blocks(self, f, prompt, first):
+        """Blocks first .. first + 2. A function of its own, so that train.py --checkpointing can
         keep its input alone, and run it again going backward."""
-        for i in range(first, min(first + 4, len(self.blocks))):
+        for i in range(first, min(first + 3, len(self.blocks))):
             f = modulate(self.blocks[i](f), prompt, f"block{i + 1}")
         return f
 
@@ -731,7 +732,7 @@ class Uformer(Backbone):
         sites = {"bottleneck": (0, c[4]), "decoder0": (0, c[4]), "decoder1": (1, c[3]),
                  "decoder2": (2, c[2]), "decoder3": (3, c[1]), "output": (4, 3)}
         super().__init__(prompt, sites, prompt_width)
-        # Drop path grows along the encoder, holds at the bottom, and shrinks in decoder 0 to 0.
+        # Drop path grows along the encoder, holds at the bottom, and shrinks along the decoder.
         rise = torch.linspace(0, drop_path, sum(depths[:4]), device="cpu").tolist()
         drops = rise + [drop_path] * depths[4] + (rise[::-1] + [0.0] * sum(depths[5:]))
 

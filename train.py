@@ -46,8 +46,9 @@ from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop, jpeg,
                      leaf_items, photo_items, prior_knots, read_image, seeded)
-from eval import (builtin_images, confusion, confusion_text, curves_picture, input_psnr, markdown,
-                  match_pairs, matrix_picture, mean_psnr, task_strips, tune_cpu, validation_pairs)
+from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
+                  input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, task_strips,
+                  tune_cpu, validation_pairs)
 from mioir import (ANSWERS, ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
                    TaskClassifier, WindowBlock, build_model, load_model, reflect_pad)
 
@@ -422,7 +423,10 @@ def run_stages(run, net, source, machine, log):
     """The whole schedule of Section 3.2, from where the run stands (its start, or where it was
     stopped) to its end. net is run.model as it is called: compiled, or shared among processes."""
     recipe, args, batch = run.recipe, run.args, run.recipe["batch"]
-    pairs = validation_pairs(builtin_images(*recipe["validate"]))   # {task: [(lq, gt), ...]}
+    images = builtin_images(*recipe["validate"])
+    pairs = validation_pairs(images)                        # {task: [(lq, gt), ...]}
+    if "none" in run.stages[-1].tasks:
+        pairs["none"] = clean_pairs(images)                 # a classifier that may find nothing
     if not run.table:
         run.table = [before_training(args, pairs)]
 
@@ -879,12 +883,12 @@ class Machine:
 def recompute_blocks(model):
     """Activation checkpointing (Chen et al. 2016): a block keeps its input alone, and is run again
     when its gradient is due: about a third more time for a tenth to a quarter of the memory.
-    SRResNet's blocks are small: of four, the first one's input alone is kept."""
+    SRResNet's blocks are small: of three, the first one's input alone is kept."""
     for module in model.modules():
         if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         if isinstance(module, SRResNet):
-            module.four_blocks = functools.partial(checkpoint, module.four_blocks,
+            module.three_blocks = functools.partial(checkpoint, module.three_blocks,
                                                    use_reentrant=False)
 
 
@@ -901,7 +905,8 @@ def lay_channels_last(model):
 def before_training(args, pairs):
     """The first row of a run's table, (name, {task: number}): what training has to beat."""
     if args.arch == "classifier":
-        return "chance", dict.fromkeys(TASKS, 100 / len(TASKS))
+        names = list(pairs)                                # TASKS, or with "none" as the eighth
+        return "chance", dict.fromkeys(names, 100 / len(names))
     return "input", input_psnr(pairs)
 
 

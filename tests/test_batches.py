@@ -117,7 +117,7 @@ class Photo(Flat):
 def test_hazes_depth_is_the_whole_enlargements(size, maps):
     """As it was computed from the whole photo; the last two sizes are smaller than the canvas."""
     depth = torch.rand(1, 1, size[0] // 4, size[1] // 4, generator=d.seeded(size)) if maps else None
-    s = train.sample(Photo(size, depth), ("haze",), 64, 8, (0, 0, 0, 0))
+    s = train.sample({"photos": Photo(size, depth)}, ("haze",), 64, 8, (0, 0, 0, 0))
     g = d.seeded(0, 0, 0, 0)
     top, left = (int(torch.randint(max(n - 112, 0) + 1, (1,), generator=g)) for n in size)
     offset = tuple(16 + int(torch.randint(16, (1,), generator=g)) for _ in range(2))
@@ -136,7 +136,7 @@ def test_haze_costs_by_the_crop_not_by_the_photo():
         for size, times in took.items():
             start = time.perf_counter()
             for i in range(4):
-                train.sample(Photo(size), ("haze",), 128, 8, (0, 0, 0, i))
+                train.sample({"photos": Photo(size)}, ("haze",), 128, 8, (0, 0, 0, i))
             times.append(time.perf_counter() - start)
     small, large = (min(times) for times in took.values())
     assert large / small <= 1.5
