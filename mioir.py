@@ -163,7 +163,9 @@ class Backbone(nn.Module):
             raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, "
                              "or weights (N,7)")
         if task.is_floating_point():
-            mixed = torch.einsum("nt,thw->nhw", task.to(self.prompts), self.prompts)
+            # (A model made before a task was added has fewer prompts: its weight is left out.)
+            weights = task.to(self.prompts)[:, :len(self.prompts)]
+            mixed = torch.einsum("nt,thw->nhw", weights, self.prompts)
             return self.path(mixed[:, None])                                    # (N,1,128,128) in
         images, rows = self.prompts, task        # all seven are read, once each ...
         if task.device.type == "cpu" and not torch.compiler.is_compiling():
