@@ -658,6 +658,20 @@ def table(args, model, info, device):
           f"true task told. Picture: {strips}")
 
 
+def own_pairs(args, model, device):
+    """PSNR in, out, gain and SSIM over --pairs LQ GT, matched as the test sets' pictures are. An
+    "ep" model is told --task, or else what the classifier names."""
+    pairs = match_pairs(Path(args.pairs[0]), Path(args.pairs[1]))
+    task, classifier = None, None
+    if args.task not in (None, "auto"):
+        task = parse_task(args.task)
+    elif model.prompt == "ep":
+        classifier = load_classifier(args.classifier, device)
+    db, similarity, db_in, gain = score_set(pairs, model, task, classifier, device, args.tile)
+    print(markdown(["pairs", "PSNR in", "out", "gain", "SSIM"],
+                   [[f"{len(pairs)} of {args.pairs[0]}", db_in, db, gain, f"{similarity:.4f}"]]))
+
+
 def prompt_matrix(args, model, info, device):
     """Each task's images restored with each of the seven prompts: what a wrong prompt costs.
 
@@ -1289,6 +1303,7 @@ READS = {
     "interpolate": ("input", "steps", "tile", "output"),               # one picture, many prompts
     "input": ("task", "classifier", "compare", "tile", "output"),      # one's own pictures
     "testsets": ("oracle", "expect", "tolerance", "classifier", "tile", "output"),
+    "pairs": ("task", "classifier", "tile"),                           # one's own, LQ and GT
     "prompt_matrix": ("images", "depth", "seed", "output"),            # every prompt on every task
     "table": ("images", "depth", "seed", "output"),                    # in, out, gain of each task
 }
@@ -1332,6 +1347,7 @@ def arguments(argv):
     add("--oracle", action="store_true", help="with --testsets: tell the true task")
     add("--expect", type=float, metavar="DB", help="with --testsets: fail unless In-Dis gives this")
     add("--tolerance", type=float, default=0.05, metavar="DB")
+    add("--pairs", nargs=2, metavar=("LQ", "GT"), help="evaluate on these two folders' pictures")
     # What prompts do.
     add("--prompt-matrix", action="store_true", help="each task's images with each prompt")
     add("--interpolate", metavar="A,B", help="with --input: a strip from prompt A to B")
@@ -1401,6 +1417,8 @@ def run(args):
         process_input(args, model, info, device)
     elif args.testsets:
         testsets(args, model, info, device)
+    elif args.pairs:
+        own_pairs(args, model, device)
     elif args.prompt_matrix:
         prompt_matrix(args, model, info, device)
     else:

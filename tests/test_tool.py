@@ -677,6 +677,17 @@ def test_a_published_model_is_scored_with_the_published_classifier_or_the_truth(
     assert "--classifier Classifier.pth" in line and "--oracle" in line
 
 
+def test_ones_own_pairs_are_scored(files, written, capsys):
+    """Two folders of pictures, matched by name: PSNR in, out and gain are the metric's."""
+    lq, gt = written / "sets" / "single_indis" / "rain", written / "sets" / "original" / "GT"
+    run(files / "ep.pt", "--pairs", lq, gt, "--task", "rain")
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+    before = np.mean([evaluation.psnr(degrade.read_image(lq / f"{n}.png"), degrade.read_image(gt / f"{n}.png"))
+                      for n in ("a", "b", "more_c")])
+    assert cells[1].startswith("3 of ") and float(cells[2]) == pytest.approx(before, abs=0.006)
+    assert float(cells[4]) == pytest.approx(float(cells[3]) - float(cells[2]), abs=0.011)
+
+
 def test_pairs_are_matched_by_stem_or_by_order(tmp_path):
     for folder, names in (("gt", ("0801", "0802", "1")), ("suffixed", ("0801x4m", "0802_rain", "1")), ("other", ("x", "y", "z")),
                           ("few", ("x", "y"))):
