@@ -243,7 +243,7 @@ def sample(source, tasks, crop, batch, key):
     crop: edge in pixels. key: (seed, stage, t, i).
     """
     seed, stage, t, i = key
-    g = seeded(*key)
+    g = seeded(*key)                               # all that follows is drawn from it, in order
 
     def below(n):                                  # a random integer, 0 .. n - 1
         return int(torch.randint(n, (1,), generator=g))
@@ -316,6 +316,9 @@ def make_batch(samples, crop, device):
     task = torch.tensor([ANSWERS.index(s["task"]) for s in samples], device=device)
     return torch.stack(lq), torch.stack(gt), task
 
+
+# Degrading is done a task at a time: seven calls for a batch, each over all its images of that
+# task, since every degradation takes one parameter per image.
 
 def degrade_group(canvas, task, samples):
     """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers.
@@ -569,6 +572,7 @@ def parse(argv):
             kind = dict(type=str if f.type is list else f.type, default=f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
+    # What argparse can't know: flags that contradict each other, and numbers out of range.
     if args.arch == "promptir" and args.prompt:
         parser.error("--arch promptir has prompts of its own; leave --prompt out")
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
@@ -612,6 +616,9 @@ def plan(args):
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
+# OUT/last.pt is all that a run needs to go on to the same bits: raw and EMA weights, Adam's
+# moments, and where it stands. No generator's state is in it: every random number is drawn from one
+# seeded by (seed, stage, t, i), so the position alone says what comes next.
 
 class Run:
     """Everything that a checkpoint holds: the weights, where the run stands, and what it is.
@@ -632,7 +639,8 @@ class Run:
             self.recipe["sizes"] = begun[1]["sizes"]       # the model is what the file holds
         self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"],
                              self.recipe["sizes"].get("none", False))
-        # The start depends on the seed alone, whatever was drawn before.
+        # The start depends on the seed alone, whatever was drawn before; fork_rng gives torch's own
+        # generator back as it was, to a notebook, say, that calls this.
         with torch.random.fork_rng(devices=[]):                # leaves the caller's generator alone
             torch.manual_seed(args.seed)
             if args.arch == "classifier":
@@ -660,6 +668,7 @@ class Run:
     def identify(self, data):
         """Notes what must stay the same when the run goes on; data: ImageCache.identity. Flags that
         only change how it is computed (--workers, --accumulate, --precision ...) may differ."""
+        # The recipe's numbers that shape the trajectory; period and order are in the stages.
         kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
         self.facts = {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed,
                       "order": [list(stage.tasks) for stage in self.stages],
@@ -717,6 +726,7 @@ class Run:
                 say(f"{path} is torn ({str(error).splitlines()[0][:80]}); trying the one before")
         else:
             raise ValueError(f"--resume: there is no readable {self.out / 'last.pt'} to go on from")
+        # Every difference is named, with both values, so that the right flag can be found.
         changed = [f"{key}: {facts.get(key)} then, {value} now" for key, value in self.facts.items()
                    if facts.get(key) != value]
         if changed:
@@ -749,7 +759,8 @@ def checkpoints(out):
 
 
 def copy_or_link(source, target):
-    """A second name for a file; a copy where the file system has no hard links. Never torn."""
+    """A second name for a file, which takes no room; a copy where the file system has no hard
+    links. Never torn: made under a name of its own, then renamed, which is done at once or not."""
     unfinished = Path(f"{target}.tmp")
     unfinished.unlink(missing_ok=True)
     try:
@@ -764,6 +775,7 @@ def open_images(args, say):
     beside the run. Refuses what would lose an earlier run: a folder that holds one, without
     --resume."""
     out, recipe = Path(args.out), args.recipe
+    # A run's folder is its memory: nothing is begun on top of it, and nothing goes on without it.
     begun = checkpoints(out)
     if begun and not args.resume:
         raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose "
@@ -810,6 +822,8 @@ def _make_pair(lq, gt):
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
+# The recipe's batch is the total over all processes and parts; how it is divided is this machine's
+# business. A sample's random numbers hang on its place in the whole batch, never on who draws them.
 
 class Machine:
     """Where a run computes: the device, this process's rank among `world`, and how fast a way it
@@ -822,6 +836,7 @@ class Machine:
 
     def __init__(self, args):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        # The device: --device, or a GPU if there is one; under torchrun, a GPU a process.
         cuda = torch.cuda.is_available()
         kind = args.device or ("cuda" if cuda else "cpu")
         if kind not in ("cpu", "cuda") or kind == "cuda" and not cuda:
@@ -836,6 +851,8 @@ class Machine:
                              "choose numbers that divide it")
         if self.world > 1:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        # TF32 keeps 10 bits of a product's mantissa: faster on GPUs from 2020 on. The paper's torch
+        # 1.12 had it on for convolutions and off for matrix products; fp32 here means neither.
         torch.backends.cudnn.allow_tf32 = args.precision in ("tf32", "tf32conv")
         torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
         torch.backends.cudnn.deterministic = True               # the same bits every time
@@ -901,6 +918,8 @@ def lay_channels_last(model):
 
 
 # ---- What a run says -----------------------------------------------------------------------------
+# On the screen: the plan, a line every log_every iterations, the stage x task table after each
+# stage, where the results lie. In the files the same: log.jsonl, table.md, and as pictures.
 
 def before_training(args, pairs):
     """The first row of a run's table, (name, {task: number}): what training has to beat."""
@@ -1038,6 +1057,7 @@ def show_table(run, log):
         rows.append((name, [*numbers, float(np.mean(numbers))]))
     text = markdown([f"{unit} after", *names, "mean"], [[name, *cells] for name, cells in rows])
     (run.out / "table.md").write_text(text + "\n")
+    # Row 0 is the input; row i is after stage i, which trained these columns.
     trained = {(i, names.index(task)) for i, stage in enumerate(run.stages, 1)
                for task in stage.tasks}
     title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
@@ -1087,7 +1107,8 @@ def stopped(run, log):
 
 
 def finish(run, pairs, log, machine):
-    """The last words: a classifier's confusion matrix or the strips, and what the run took."""
+    """The last words: a classifier's confusion matrix or the strips, and what the run took: time,
+    images a second of training (validations not counted), and the memory at its peak."""
     if not run.leads:
         return
     if run.args.arch == "classifier":
@@ -1104,6 +1125,7 @@ def train(args):
     """A whole run, from Args to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
         return print(plan(args))
+    # The plan comes first, before images are drawn or decoded, which may take a while.
     machine = Machine(args)
     leads = machine.rank == 0
     if leads:
