@@ -356,7 +356,7 @@ def add_haze(x, depth, airlight, beta, depth_max=None):
 
     J is the clear image x, t the share of its light that gets through the haze, and A the light
     that the haze itself scatters to the eye. depth: (N,1,h,w), any unit, larger is farther;
-    enlarged bilinearly where smaller than x. airlight: A, in [0,1]; beta: density of the haze.
+    resized bilinearly where not of x's size. airlight: A, in [0,1]; beta: density of the haze.
     d = depth / depth_max in [0,1], where depth_max is the WHOLE image's maximum (as published):
     give it when x is a crop, or the haze of a near corner would be as thick as the horizon's.
     """
@@ -398,7 +398,8 @@ def seeded(*numbers):
 
 
 def draw(task, size, split="in", generator=None, n=1, rain_field=None):
-    """Every random number that degrading n images needs: {name: tensor (n,...)} on the CPU.
+    """Every random number that degrading n images needs, but haze's depth where a photo has none
+    (prior_knots): {name: tensor (n,...)} on the CPU.
 
     size: (H,W) of the images. rain_field: (H,W) of the rain's field, where it is larger than that.
     The names are the parameters of the task's function above.
@@ -456,8 +457,8 @@ def prior_knots(generator=None):
 
 
 def depth_prior(height, width, generator=None):
-    """The same for every pixel: (1,1,H,W). Its maximum counts as 1 wherever the image is cropped.
-    """
+    """prior_knots enlarged to an image's size: (1,1,H,W). Its maximum counts as 1 wherever the
+    image is cropped."""
     knots = prior_knots(generator)
     return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
 
@@ -1009,7 +1010,8 @@ class ImageCache:
         """What must stay the same when a run goes on: the images' names, sizes and order. The last
         part of a name, of path and time, may differ: a run survives its data being moved."""
         kept = [name.rpartition("-")[0] for name in self.names]
-        return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}"
+        row = f", {self.share} samples from one in a row" if self.share > 1 else ""
+        return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}{row}"
 
     def size(self, k):
         """(height, width) of image k."""

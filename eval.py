@@ -355,8 +355,9 @@ def load_classifier(path, device):
 #     SwinIR 31.05 -> 31.90;
 #   - an explicit prompt on top of mixed training: 29.52 -> 30.26, and 31.05 -> 31.75;
 #   - both together: 30.36, and 32.26, the best of each network;
-#   - an adaptive prompt gains little here, and SwinIR-M even loses with it: 31.05 -> 30.45. But
-#     S+AP is the best of each network on Unknown: 19.08, and 18.98.
+#   - an adaptive prompt gains little here, and SwinIR-M and SRResNet-S even lose with it: 31.05 ->
+#     30.45, 29.81 -> 29.76. But of the variants with a figure, S+AP is the best on Unknown: 19.08,
+#     and 18.98.
 
 ORDER = ("sr", "blur", "noise", "jpeg", "rain", "haze", "dark")     # the tables' columns, not TASKS
 GROUPS = ("In-Dis", "Out-Dis", "Unknown")

@@ -5,7 +5,7 @@ One network restores seven kinds of degraded image. Two ideas make that work:
   * prompt learning: tell the network which task it faces                      (PromptPath, below)
 
     model = build_model("restormer", prompt="ep")          # 26.5 M parameters, the paper's size
-    y = model(x, task=torch.tensor([TASKS.index("rain")])) # x, y: (1,3,H,W) in [0,1], H and W / 8
+    y = model(x, task=torch.tensor([TASKS.index("rain")])) # x: (1,3,H,W) in [0,1], sides of 8 k
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("assets/srresnet.pt")         # a checkpoint rebuilds its own model
     restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
     """What the five backbones share: y = body(x, prompt), and where the prompt comes from.
 
     A backbone lists its sites and writes `body`. Four numbers tell `restore` how to treat it:
-    multiple: height and width must be multiples of it (`restore` pads);
+    multiple: `restore` pads height and width to multiples of it, as published;
     square:   the published test protocol also pads to a square;
     overlap:  pixels that neighbouring tiles share; context: how far a tile's border is wrong.
     """
@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         images, rows = self.prompts, task        # all seven are read, once each ...
         if task.device.type == "cpu" and not torch.compiler.is_compiling():
             present, rows = task.unique(return_inverse=True)
-            images = self.prompts[present]       # ... or those that occur: a GPU would have to wait
+            images = self.prompts[present]       # ... or those that occur: on a GPU, unique() waits
         return self.path(images[:, None], rows)                                 # (M,1,128,128) in
 
     def forward(self, x, task=None, prompt=None):
@@ -199,7 +199,7 @@ class SRResNet(Backbone):
 
     Sites: the blocks' outputs, conv_hr after its activation, conv_last before the input is added.
     """
-    context = 35                   # receptive field: 1 + 16 x 2 + 1 + 1 convolutions of radius 1
+    context = 35                   # radius of what a pixel sees: 1 + 16 x 2 + 1 + 1 convolutions
     overlap = 80                   # two contexts and some room to blend: tiled equals whole
 
     def __init__(self, prompt=None, width=64, blocks=16, prompt_width=64):
@@ -211,8 +211,8 @@ class SRResNet(Backbone):
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.conv_hr = nn.Conv2d(width, width, 3, padding=1)
         self.conv_last = nn.Conv2d(width, 3, 3, padding=1)
-        # Small residuals: training starts near y = x. As published, the three outer convolutions
-        # are scaled in the plain form alone; with a prompt they start where torch puts them.
+        # Small residuals: without a prompt, training starts near y = x. As published, the three
+        # outer convolutions are scaled in that form alone; with a prompt they start as torch's do.
         scaled = [conv for block in self.blocks for conv in (block.conv1, block.conv2)]
         if prompt is None:
             scaled += [self.conv_first, self.conv_hr, self.conv_last]
@@ -308,7 +308,8 @@ class RestormerBlock(nn.Module):
         self.ffn = GatedFeedForward(dim, expansion)
 
     def forward(self, f):
-        # nn.LayerNorm works on the last axis: channels go there and back, which copies nothing.
+        # nn.LayerNorm works on the last axis: channels go there and back. That is free where the
+        # memory is channels-last already (train.lay_channels_last), else a copy.
         t = self.norm1(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         f = f + self.attn(t)
         t = self.norm2(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -423,8 +424,8 @@ class PromptIR(Restormer):
     """Restormer with a prompt interaction before each way up; it takes no other prompt.
 
     Two oddities are the published code's: all three interaction blocks have level 3's number of
-    heads; and the first comes down to 4*dim channels, so that the first way up gives 2*dim where
-    Restormer's gives 4*dim.
+    heads; and the one at the bottom comes down to 4*dim channels, so that the first way up gives
+    2*dim where Restormer's gives 4*dim.
     """
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
                  expansion=2.66, prompt_dims=(64, 128, 320), prompt_sizes=(64, 32, 16)):
@@ -471,7 +472,8 @@ def relative_position_index(window):
 def shift_mask(h, w, window, shift, device):
     """-100 between pixels that the cyclic shift made neighbours though they were none: (windows,
     window^2, window^2). Every second block rolls the map by `shift`, so that windows straddle the
-    borders of the block before; what left at the top comes back at the bottom:
+    borders of the block before; what left at the top comes back at the bottom. A row (or column)
+    is of band 0, 1 or 2, and a pixel of one of nine regions:
 
           w - window   w - shift                 the band of a row or column:
         +-------------+-----+-----+                0  windows that hold one region
@@ -479,7 +481,8 @@ def shift_mask(h, w, window, shift, device):
         +-------------+-----+-----+  h - window    2  what came around
         |      3      |  4  |  5  |
         +-------------+-----+-----+  h - shift   region = 3 * band of row + band of column:
-        |      6      |  7  |  8  |              only windows of the last row and column hold two.
+        |      6      |  7  |  8  |              only the last row's and column's windows hold
+                                                   two of them, the one in the corner four.
         +-------------+-----+-----+
 
     -100 and not minus infinity, as published: the softmax leaves such pairs about e^-100.
@@ -535,8 +538,8 @@ class WindowAttention(nn.Module):
         return self.project(out.transpose(2, 3).flatten(3))                     # (N,w,T,C)
 
     def one_kernel(self, q, k, v, bias, mask):
-        """The formula in torch's fused kernel, which keeps no (T,T) scores; for GPUs. To it, each
-        window's heads are heads of their own: (N, windows * heads, T, c)."""
+        """The formula in torch's fused kernel, which keeps no single image's scores; for GPUs. To it,
+        each window's heads are heads of their own: (N, windows * heads, T, c)."""
         windows = q.shape[1]
         bias = bias[None]                                                       # (1,heads,T,T)
         if mask is not None:
@@ -615,7 +618,9 @@ class WindowStage(nn.Module):
     def forward(self, f):
         f = f.permute(0, 2, 3, 1).contiguous()                                  # (N,H,W,C)
         _, h, w, _ = f.shape
-        mask = shift_mask(h, w, self.window, self.window // 2, f.device).to(f.dtype)
+        mask = None                                # a single block is not shifted
+        if len(self.blocks) > 1:
+            mask = shift_mask(h, w, self.window, self.window // 2, f.device).to(f.dtype)
         for block in self.blocks:
             f = block(f, mask)
         return f.permute(0, 3, 1, 2)                                            # (N,C,H,W)
@@ -820,7 +825,7 @@ def build_model(arch, prompt=None, **overrides):
         raise ValueError(f"{arch}: {error}") from None
 
 
-# ---- Restoring a whole image (the published test protocol; ../README, "Reproduce") ---------------
+# ---- Restoring a whole image (the published test protocol; README, "Reproduce") ---------------
 
 def reflect_pad(x, left, right, top, bottom):
     """Reflection without repeating the edge, like F.pad(mode="reflect"), but for any length:
@@ -1140,7 +1145,8 @@ def _unwrap(saved, weights="raw"):
     return state
 
 
-# A parameter that only this backbone has, by its published name.
+# A parameter that tells a backbone, by its published name; PromptIR has Restormer's, too, so it is
+# asked for first.
 _MARKS = {"promptir": "prompt1.prompt_param", "restormer": "latent.0.attn.temperature",
           "uformer": "input_proj.proj.0.weight", "swinir": "conv_after_body.weight",
           "srresnet": "conv_hr.weight", "classifier": "CondNet.0.weight"}
@@ -1221,7 +1227,9 @@ def _check_names(expected, found):
 
 
 # ---- The published parameter names ---------------------------------------------------------------
-# (ours, theirs), applied from top to bottom. # is a number n; {n1} is n + 1, {n2} is n + 2.
+# (ours, theirs), applied from top to bottom. # is a number n; {n1} is n + 1, {n2} n + 2 and {m1}
+# n - 1: ("up.#.", "up{n2}_{n1}.body.") makes up2_1.body.weight of up.0.weight. Where theirs has a +,
+# ours is the two tensors joined.
 
 _U_SHAPE = (
     ("embed.", "patch_embed.proj."),

@@ -3,7 +3,7 @@
     python train.py --arch restormer --seq --prompt --preset demo     # minutes on two CPU cores
     python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe, on a GPU
     python train.py --arch restormer --seq --prompt --data DF2K --resume    # go on where it stopped
-    torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K  # two GPUs, the same run
+    torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K  # on two GPUs
     python train.py --arch classifier --data DF2K                   # names the task for "ep" models
 
 One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file
@@ -56,7 +56,8 @@ from mioir import (ANSWERS, ARCHS, TASKS, DropPath, ResidualBlock, RestormerBloc
 #
 # The loss is L1, the mean of |y - gt|. batch is the total over all GPUs; crop is the edge of a
 # training crop in pixels; period is one cosine period of the learning rate in iterations; order is
-# the sequential order, in letters. Each arch's schedule has ten periods (the classifier's four).
+# the sequential order, in letters. With all seven tasks a schedule has ten periods (the
+# classifier's four).
 
 # What to compare when a run goes other than the paper's: Adam's beta2 is .99, not torch's .999, so
 # that its memory of squared gradients is 100 iterations long; the batch is small; the rate is never
@@ -90,8 +91,8 @@ def striped_prompts():
     return (torch.stack(stripes) % 2).float()
 
 
-# What a preset changes in the recipe, so that a run fits two CPU cores: a smaller model (SMALL), a
-# crop and a schedule hundreds of times shorter, and in return a rate five times as high and an EMA
+# What a preset changes in the recipe, so that a run fits two CPU cores: a smaller model (SMALL),
+# smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher rate and an EMA
 # that forgets faster. leaves, validate: (how many, edge in pixels) of the training images if there
 # is no --data, and of the validation images. prompts: what makes the "ep" prompts; the paper's
 # random ones where nothing is said. channels_last: convolutions of a CPU are faster so.
@@ -105,7 +106,8 @@ PRESETS = {
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
-# What all presets but the paper's change in an arch: its size.
+# What all presets but the paper's change in an arch: its size. (The classifier starts otherwise,
+# and may also answer "none": the paper's knows seven answers.)
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
@@ -185,7 +187,7 @@ def stages(arch, seq=False, order=None, period=None, none=False):
     tasks = tuple(LETTERS[letter] for letter in order)
     if none:
         tasks += ("none",)
-    if not seq:                                    # mixed: as long as the sequential run, 6 + 4
+    if not seq:                                    # mixed: as long as all seven in sequence, 6 + 4
         return [Stage(tasks, (period,) * (4 if arch == "classifier" else 10))]
     # {rain} {rain, jpeg} ...: stages 1 to 6, one period each; then all of them for four.
     growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]
@@ -198,7 +200,8 @@ def lr_at(iteration, periods, base_lr, eta_min):
         eta_min + (base - eta_min) / 2 * (1 + cos(pi * (done - start) / period)).
 
     As published, the restart comes one iteration late: the first iteration of a later period still
-    has eta_min (BasicSR's CosineAnnealingRestartLR counts a period's end to the period itself).
+    has eta_min, and the second is on its way down already (BasicSR's CosineAnnealingRestartLR
+    counts a period's end to the period itself). Periods (4, 4): 1 .85 .5 .15 0 .85 .5 .15 of base.
     """
     done = iteration - 1                           # iterations behind us: 0 at the first
     start, end = 0, 0                              # of the period that `done` falls into
@@ -213,7 +216,7 @@ def lr_at(iteration, periods, base_lr, eta_min):
 #
 # A sample is what the processor prepares, a crop and the random numbers for its degradation; the
 # degrading itself happens a batch at a time on the training device. A sample depends on (seed,
-# stage, t, i) alone, t the iteration and i its place in the batch, whoever computes it: so a
+# stage, t, i) and the images alone, t the iteration and i its place, whoever computes it: so a
 # resumed run, or one on more GPUs, sees what the undisturbed run sees.
 #
 # The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
@@ -226,8 +229,9 @@ def lr_at(iteration, periods, base_lr, eta_min):
 #     |     |                        |        |
 
 MARGIN = 48
-RAIN_FIELD = 512    # edge of the field from which a training crop's rain is cut, and the brightness
-RAIN_PEAK = 0.88       # of its brightest spot, which in a whole 2040 x 1356 image is 1 (measured)
+RAIN_FIELD = 512       # edge of the field from which a training crop's rain is cut
+RAIN_PEAK = 0.88       # brightness of that field's brightest spot: in a whole 2040 x 1356 image it
+                       # is 1, and a smaller field has a fainter one (measured)
 
 
 def task_of(tasks, t, i, batch):
@@ -237,13 +241,13 @@ def task_of(tasks, t, i, batch):
 
 
 def sample(source, tasks, crop, batch, key):
-    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors.
+    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors and numbers.
 
     source: {"photos": ImageCache or ImageFiles, and perhaps a task: images of --pairs}.
     crop: edge in pixels. key: (seed, stage, t, i).
     """
     seed, stage, t, i = key
-    g = seeded(*key)                               # all that follows is drawn from it, in order
+    g = seeded(*key)                               # for all but the choice of the image
 
     def below(n):                                  # a random integer, 0 .. n - 1
         return int(torch.randint(n, (1,), generator=g))
@@ -277,8 +281,8 @@ def sample(source, tasks, crop, batch, key):
 
 
 def clean_sample(source, k, edge, below):
-    """A sample of an image that nobody damaged, for a classifier that must not see damage in it: in
-    turn as it is, as a good JPEG (quality 85 to 98), and reduced in size (to 0.5 to 1).
+    """A sample of an image that nobody damaged, for a classifier that must not see damage in it: as
+    it is, as a good JPEG (quality 85 to 98), or reduced in size (to 0.5 to 1), by chance.
     below(n): a random integer, 0 .. n - 1. Not in the paper, whose classifier knows no "none"."""
     kind, large, quality = below(3), edge, 0
     if kind == 1:
@@ -286,7 +290,7 @@ def clean_sample(source, k, edge, below):
     if kind == 2:
         large = edge + below(edge + 1)
     h, w = source.size(k)
-    large = max(min(large, h, w), edge)            # no larger than the image
+    large = max(min(large, h, w), edge)            # no larger than the image, if possible
     top, left = below(max(h - large, 0) + 1), below(max(w - large, 0) + 1)
     canvas = source.crop(k, top, left, large)
     if large > edge:
@@ -351,8 +355,8 @@ def turned(x, turn):
 
 
 class Stream(torch.utils.data.Dataset):
-    """Iteration t -> this process's parts of the batch, each a list of samples. Not a shuffled list
-    of files, as published: what comes at t can be computed without what came before."""
+    """Iteration t -> this process's parts of the batch, each a list of samples. Unlike with the
+    published shuffled list of files, what comes at t can be told without what came before."""
 
     def __init__(self, run, source, machine):
         self.source, self.shares = source, machine.share(run.recipe["batch"])
@@ -533,7 +537,7 @@ class Args:
     resume: bool = option(False, "go on from OUT/last.pt")
     print_plan: bool = option(False, "print the schedule and stop")
     # How it is computed: faster or in less memory. What is computed stays the same but for rounding
-    # (bf16: 8 bits of mantissa in convolutions and matrix products; weights and Adam stay float32).
+    # (bf16: 7 bits of mantissa in convolutions and matrix products; weights and Adam stay float32).
     precision: str = option("fp32", "fp32, tf32 or bf16: numbers to compute in; tf32conv: TF32 for "
                             "convolutions alone, as the paper's torch 1.12 did on newer GPUs")
     compile: bool = option(False, "torch.compile the network")
@@ -598,7 +602,7 @@ def parse(argv):
 
 
 def plan(args):
-    """The recipe in two lines and the schedule as a table: what --print-plan shows."""
+    """The recipe in a line and the schedule as a table: what --print-plan shows."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
     rows, total, none = [], 0, r["sizes"].get("none", False)
     for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"], none), 1):
@@ -626,7 +630,8 @@ class Run:
     model, ema:         raw weights and their average; ema is never trained, only updated
     stage, iteration:   where it stands: stages done, and iterations done in the present one
     stages, recipe:     the schedule and the numbers it follows
-    table:              [(name of a row, {task: PSNR in dB}), ...]: the input, then a row a stage
+    table:              [(name of a row, {task: PSNR in dB}), ...]: the input, then a row a stage;
+                        a classifier's: accuracy in %, and chance
     facts:              what must be the same when a stopped run goes on
     leads:              this process writes the files, one of all that train together
     """
@@ -713,8 +718,8 @@ class Run:
         return "no checkpoint was written yet"
 
     def load(self, say):
-        """Goes on from last.pt, or previous.pt if the newest is torn. Refuses another recipe: half
-        a run by one and half by another would be neither."""
+        """Goes on from last.pt, or from what was saved before where that is torn or not finite.
+        Refuses another recipe: half a run by one and half by another would be neither."""
         for path in checkpoints(self.out):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -875,7 +880,7 @@ class Machine:
         return torch.compile(model) if self.args.compile else model
 
     def autocast(self):
-        """In bf16, torch decides operation by operation; sums, norms and the loss stay float32."""
+        """In bf16, torch decides operation by operation, by its own lists, what keeps float32."""
         if self.args.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
