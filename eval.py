@@ -467,6 +467,8 @@ def score_set(pairs, model, task, classifier, device, tile):
             task, _ = classify(classifier, lq, device, damaged=True)
         y = restored(model, lq, task, device, tile)
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
+        if max(abs(gt.shape[0] - y.shape[0]), abs(gt.shape[1] - y.shape[1])) > 8:
+            raise ValueError(f"{lq_path} and {gt_path} are not of one size: not a pair")
         h = min(gt.shape[0], y.shape[0])
         w = min(gt.shape[1], y.shape[1])
         before, y, gt = to_image(lq)[:h, :w], y[:h, :w], gt[:h, :w]    # (h,w,3) uint8 each

@@ -160,8 +160,8 @@ class Backbone(nn.Module):
         if self.prompt == "ap":
             return self.path(x)
         if task is None:
-            raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, "
-                             "or weights (N,7)")
+            raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, or "
+                             "weights (N,7); for restore, a name such as 'noise', too")
         if task.is_floating_point():
             # (A model made before a task was added has fewer prompts: its weight is left out.)
             weights = task.to(self.prompts)[:, :len(self.prompts)]
@@ -482,8 +482,7 @@ def shift_mask(h, w, window, shift, device):
         |      3      |  4  |  5  |
         +-------------+-----+-----+  h - shift   region = 3 * band of row + band of column:
         |      6      |  7  |  8  |              only the last row's and column's windows hold
-                                                   two of them, the one in the corner four.
-        +-------------+-----+-----+
+        +-------------+-----+-----+              two of them, the one in the corner four.
 
     -100 and not minus infinity, as published: the softmax leaves such pairs about e^-100.
     """
@@ -538,7 +537,7 @@ class WindowAttention(nn.Module):
         return self.project(out.transpose(2, 3).flatten(3))                     # (N,w,T,C)
 
     def one_kernel(self, q, k, v, bias, mask):
-        """The formula in torch's fused kernel, which keeps no single image's scores; for GPUs. To it,
+        """The formula in torch's fused kernel, which keeps no image's scores; for GPUs. To it,
         each window's heads are heads of their own: (N, windows * heads, T, c)."""
         windows = q.shape[1]
         bias = bias[None]                                                       # (1,heads,T,T)
@@ -1081,6 +1080,10 @@ def _load_own(saved, weights, prompts):
     else:
         model = build_model(saved["arch"], saved["prompt"], **saved["sizes"])
     if "prompts" in saved[weights]:                # as many as there were tasks when it was trained
+        count = len(saved[weights]["prompts"])
+        if count > len(TASKS):
+            raise ValueError(f"was trained on {count} tasks, and this program knows {len(TASKS)}; "
+                             "run it by the script that added the task")
         model.prompts = torch.empty_like(saved[weights]["prompts"], dtype=torch.float32)
     _check_names(_shapes(model.state_dict()), _shapes(saved[weights]))
     model.load_state_dict(saved[weights])
@@ -1228,8 +1231,8 @@ def _check_names(expected, found):
 
 # ---- The published parameter names ---------------------------------------------------------------
 # (ours, theirs), applied from top to bottom. # is a number n; {n1} is n + 1, {n2} n + 2 and {m1}
-# n - 1: ("up.#.", "up{n2}_{n1}.body.") makes up2_1.body.weight of up.0.weight. Where theirs has a +,
-# ours is the two tensors joined.
+# n - 1: ("up.#.", "up{n2}_{n1}.body.") makes up2_1.body.weight of up.0.weight. Where theirs has a
+# +, ours is the two tensors joined.
 
 _U_SHAPE = (
     ("embed.", "patch_embed.proj."),

@@ -1120,10 +1120,14 @@ def finish(run, pairs, log, machine):
         log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
+    next_step = f"python eval.py {run.out}/last.pt"
+    if run.args.pairs:                             # the table above is of other images than these
+        task = f" --task {run.args.pairs_as}" if run.args.prompt == "ep" else ""
+        next_step += f" --pairs {shlex.join(run.args.pairs)}{task}"
     log.say(f"done in {clock(time.monotonic() - log.start)}, "
             f"{log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
             f"{peak_memory(machine.device)}; {run.out} holds last.pt, log and pictures\n"
-            f"next: python eval.py {run.out}/last.pt")
+            f"next: {next_step}")
 
 
 def train(args):

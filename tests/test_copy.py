@@ -112,6 +112,7 @@ def test_the_readmes_eighth_task_is_trained_and_evaluated(tmp_path):
     """Snow in a dozen lines of a script of one's own: prompt, order letter, ranges, table, curves."""
     code = re.search(r"```python\n(import sys, torch, mioir.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "snow.py").write_text(code)
+    import mioir
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def snow(*argv):
@@ -126,6 +127,8 @@ def test_the_readmes_eighth_task_is_trained_and_evaluated(tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 48), (90, 120, 60)).save(tmp_path / "photos" / "a.png")
     assert "| snow " in snow(str(tmp_path / "out" / "last.pt"), "--images", "photos", "--output", "strips.png")
+    with pytest.raises(ValueError, match="trained on 8 tasks, and this program knows 7; run it by the script"):
+        mioir.load_model(tmp_path / "out" / "last.pt")
     # A checkpoint of seven tasks loads beside eight, too.
     snow(str(ROOT / "assets" / "srresnet.pt"), "--input", "photos/a.png", "--output", "b.png", "--task", "noise")
 

@@ -684,6 +684,10 @@ def test_ones_own_pairs_are_scored(files, written, capsys):
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
     before = np.mean([evaluation.psnr(degrade.read_image(lq / f"{n}.png"), degrade.read_image(gt / f"{n}.png"))
                       for n in ("a", "b", "more_c")])
+    (written / "odd").mkdir()
+    for n in ("a", "b", "more_c"):
+        Image.fromarray(PIXELS).save(written / "odd" / f"{n}.png")
+    assert "not of one size" in refused(files / "ep.pt", "--pairs", lq, written / "odd", "--task", "rain")
     assert cells[1].startswith("3 of ") and float(cells[2]) == pytest.approx(before, abs=0.006)
     assert float(cells[4]) == pytest.approx(float(cells[3]) - float(cells[2]), abs=0.011)
 
