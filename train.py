@@ -68,12 +68,16 @@ LETTERS = {"s": "sr", "b": "blur", "n": "noise", "j": "jpeg", "r": "rain", "h": 
 _COMMON = dict(optimizer="AdamW", weight_decay=0.0, lr=2e-4, betas=(0.9, 0.99), eta_min=1e-7,
                ema=0.999, crop=128, sizes={})
 RECIPES = {
+    # 2 GPUs x 8 crops; 250k + ... = 2.5M iterations in all, 40M crops.
     "srresnet": dict(_COMMON, optimizer="Adam", batch=16, period=250_000, order="sbnjrhd"),
+    # 8 GPUs x 1 crop, for the memory that its attention takes; 1M iterations, as those below.
     "swinir": dict(_COMMON, optimizer="Adam", batch=8, period=100_000, order="sbnjrhd"),
+    # 2 GPUs x 4 crops each.
     "restormer": dict(_COMMON, batch=8, period=100_000, order="rjbsnhd"),
     "uformer": dict(_COMMON, batch=8, period=100_000, order="rjbsnhd", weight_decay=0.02,
                     eta_min=1e-6),
     "promptir": dict(_COMMON, batch=8, period=100_000, order="rjbsnhd"),
+    # 2 GPUs x 16 crops, and larger ones.
     "classifier": dict(_COMMON, optimizer="Adam", batch=32, crop=256, period=250_000,
                        order="bnjrhds"),
 }
@@ -99,10 +103,15 @@ def striped_prompts():
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
               crop=32, ema=0.99, channels_last=True, prompts=striped_prompts)
 PRESETS = {
+    # The paper's numbers as they stand; 800 dead leaves of 512 x 512 stand in for DIV2K.
     "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
+    # Hours on one core: what the model in assets/ was trained with, at a --period of its own.
     "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
+    # A minute a training: tests/bench.py study compares fourteen of them.
     "study": dict(_SHORT, leaves=(64, 256), period=60),
+    # Minutes: the README's first command. Each batch of 14 holds all seven tasks twice.
     "demo": dict(_SHORT, leaves=(64, 256), period=200),
+    # Seconds: every part of the loop once, for tests. Nothing is learned.
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
@@ -437,6 +446,7 @@ def run_stages(run, net, source, machine, log):
     if not run.table:
         run.table = [before_training(args, pairs)]
 
+    # Stage by stage; a resumed run enters in the middle, at run.stage and run.iteration.
     while run.stage < len(run.stages):
         stage = run.stages[run.stage]                       # its tasks: one more each time
         if run.iteration == 0:
@@ -444,6 +454,7 @@ def run_stages(run, net, source, machine, log):
         log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
 
         for t, parts in batches(run, source, machine):
+            # The rate is set before each step: schedule and optimiser know nothing of each other.
             lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
@@ -460,6 +471,7 @@ def run_stages(run, net, source, machine, log):
                     (loss.sum() * machine.world / batch).backward()
                 losses[rows.start:rows.stop] = loss.detach()
 
+            # Each process filled its own rows, the others' are 0: the sum is the whole batch's.
             losses = machine.sum_of_all(losses)                                 # (batch,)
             tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
             norm = torch.nn.utils.get_total_norm(
@@ -469,6 +481,7 @@ def run_stages(run, net, source, machine, log):
             update_ema(run.ema, run.model, recipe["ema"])
             run.iteration = t + 1
 
+            # The step is done; what follows says it, saves it, and asks whether to go on.
             log.add(run, losses, tasks, norm, lr)
             if run.iteration % (args.save_every or recipe["save_every"]) == 0:
                 run.save()
@@ -479,6 +492,7 @@ def run_stages(run, net, source, machine, log):
             if machine.any_of_all(log.stop is not None):
                 stopped(run, log)
 
+        # A row of the forgetting matrix: all seven tasks, those not trained yet, too.
         name = f"stage {run.stage + 1} (+{stage.tasks[-1]})" if args.seq else "mixed"
         run.table.append((name, validate(run, pairs, machine, log)))
         run.stage += 1
@@ -690,6 +704,8 @@ class Run:
             return
         if not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
             raise ValueError(f"the weights are no longer finite; not saved; {self.last_good()}")
+        # Plain numbers, strings, lists and tensors alone, so that torch.load(weights_only=True),
+        # which can't run code, reads it: eval.py rebuilds the model from arch, prompt and sizes.
         last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
         state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt,
                  "sizes": self.recipe["sizes"], "facts": self.facts, "table": self.table,
@@ -794,6 +810,7 @@ def open_images(args, say):
         count, edge = recipe["leaves"]
         items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
+    # Decoded once and read by the rows of a crop, or, to save the disk, decoded again and again.
     folder, kind = args.cache or out / "cache", ImageCache
     if args.cache == "none":
         folder, kind = out, ImageFiles
@@ -850,6 +867,7 @@ class Machine:
         self.device = torch.device(f"cuda:{number}" if kind == "cuda" else "cpu")
         self.parts, self.args = args.accumulate, args
         self.channels_last = args.channels_last or args.recipe.get("channels_last", False)
+        # Equal parts, so that the mean over the batch is the mean of the processes' means.
         if args.recipe["batch"] % (self.world * self.parts):
             raise ValueError(f"a total batch of {args.recipe['batch']} can't be split among "
                              f"{self.world} processes x --accumulate {self.parts}; "
@@ -1015,7 +1033,7 @@ class Log:
         for task, loss in zip(tasks, losses.tolist()):
             self.losses[task].append(loss)
         self.iterations += 1
-        if self.iterations == 20:                  # the first ones are slow: caches, compilation
+        if self.iterations == 20:                  # enough to tell, though the first ones are slow
             self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
         stage = run.stages[run.stage]
         if run.iteration % run.recipe["log_every"] == 0 or run.iteration == stage.iterations:
@@ -1023,6 +1041,7 @@ class Log:
 
     def report(self, run, stage, norm, lr):
         """One line about the iterations since the last one."""
+        # Five decimals: a loss of .00001 is a 400th of a grey level.
         means = {task: round(sum(values) / len(values), 5)
                  for task, values in self.losses.items() if values}
         self.losses = {task: [] for task in ANSWERS}
@@ -1089,6 +1108,7 @@ def expectation(args, machine):
 
 def announce(run, source, machine, say):
     """After the plan: where, and on what."""
+    # The machine, since the same seed gives the same bits on the same kind of machine only.
     where = f"cpu, {torch.get_num_threads()} threads"
     if machine.device.type == "cuda":
         where = torch.cuda.get_device_name(machine.device)
@@ -1143,6 +1163,7 @@ def train(args):
     if machine.world > 1:
         dist.barrier()
         source = source or open_images(args, lambda text: None)
+    # Every process builds the same model from the same seed; DDP also copies rank 0's weights.
     run = Run(args, machine.device, leads)
     run.identify("; ".join(images.identity for images in source.values()))
     net = machine.wrap(run.model)
@@ -1164,7 +1185,7 @@ def main(argv=None):
         train(args)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:   # what the machine lacks; else a fault of ours
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, MemoryError) or "memory" in str(error):
             sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
