@@ -189,10 +189,6 @@ def restored(model, lq, task, device, tile=None):
     task: a name or (1,7) weights; "ep" models alone read it, others may get None.
     tile: edge of the tiles in pixels; 0: the image is run whole; None: as auto_tile says.
     """
-    if isinstance(task, str):
-        task = torch.tensor([TASKS.index(task)])                       # (1,), a row of the prompts
-    if task is not None:
-        task = task.to(device)
     if tile is None:
         tile = auto_tile(*lq.shape[2:])                    # 0 or 512
     with memory_errors_explained(*lq.shape[2:], tile):

@@ -337,11 +337,11 @@ def degrade_group(canvas, task, samples):
     """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers.
     Rain is cut from a larger field, whose brightest spot gets RAIN_PEAK, not 1: a whole image is
     larger still, and its one brightest spot makes all others darker."""
-    drawn = {}
-    for name in samples[0].get("drawn", ()):
-        drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
-    if "lq" in samples[0]:
+    if "lq" in samples[0]:                         # --pairs: somebody else has degraded them
         return torch.stack([s["lq"] for s in samples]).to(canvas.device).float() / 255
+    drawn = {}
+    for name in samples[0]["drawn"]:
+        drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
     if task == "none":
         quality = drawn["quality"].to(canvas.device)[:, None, None, None]
         return torch.where(quality > 0, jpeg(canvas, drawn["quality"].clamp_min(1)), canvas)
