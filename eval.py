@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, find_depths,
                      gaussian_taps, list_images, open_image, read_depth, read_image, seeded,
                      time_left, to_image, to_rgb, to_tensor, whole_file)
-from mioir import ANSWERS, TASKS, TaskClassifier, load_model, restore
+from mioir import ANSWERS, TASKS, TaskClassifier, load_model, parse_task, restore
 
 
 # ---- Metrics (paper, Section 5.1) ----------------------------------------------------------------
@@ -249,30 +249,6 @@ def evaluate(model, pairs, device, say):
 
 MODEL = Path(__file__).parent / "assets" / "srresnet.pt"                  # these two are shipped
 CLASSIFIER = MODEL.with_name("classifier.pt")
-
-
-def parse_task(text):
-    """"noise" or "noise:0.7, jpeg:0.3" -> (1,7) weights in the order of TASKS, with a sum of 1.
-
-    The prompt is then w_1 P_1 + ... + w_7 P_7: the prompt IMAGES are mixed, before F_ext encodes
-    them; F_ext is not linear, so mixing the encoded prompts would give something else. Training saw
-    single prompts alone, a sum of 1; so weights are divided by theirs, and "noise,jpeg" is half and
-    half. Raises ValueError with the mend.
-    """
-    weights = torch.zeros(1, len(TASKS))
-    for part in text.lower().split(","):
-        name, _, weight = part.replace(" ", "").partition(":")
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}: choose auto, one of {', '.join(TASKS)}, or a "
-                             "mixture such as noise:0.7,jpeg:0.3")
-        try:
-            weights[0, TASKS.index(name)] += float(weight or 1)        # "noise" alone has weight 1
-        except ValueError:
-            raise ValueError(f"--task {text}: {weight!r} is not a number") from None
-    total = weights.sum().item()
-    if weights.min() < 0 or not 0 < total < math.inf:                  # NaN fails, too
-        raise ValueError(f"--task {text}: weights can't be negative, infinite or all zero")
-    return weights / total
 
 
 @torch.no_grad()

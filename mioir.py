@@ -854,6 +854,30 @@ def pad_for(x, multiple, square):
     return reflect_pad(x, left, left, top, top), top, left
 
 
+def parse_task(text):
+    """"noise" or "noise:0.7, jpeg:0.3" -> (1,7) weights in the order of TASKS, with a sum of 1.
+
+    The prompt is then w_1 P_1 + ... + w_7 P_7: the prompt IMAGES are mixed, before F_ext encodes
+    them; F_ext is not linear, so mixing the encoded prompts would give something else. Training saw
+    single prompts alone, a sum of 1; so weights are divided by theirs, and "noise,jpeg" is half and
+    half. Raises ValueError with the mend.
+    """
+    weights = torch.zeros(1, len(TASKS))
+    for part in text.lower().split(","):
+        name, _, weight = part.replace(" ", "").partition(":")
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}, a mixture "
+                             "such as noise:0.7,jpeg:0.3; auto is eval.py's, by a classifier")
+        try:
+            weights[0, TASKS.index(name)] += float(weight or 1)        # "noise" alone has weight 1
+        except ValueError:
+            raise ValueError(f"--task {text}: {weight!r} is not a number") from None
+    total = weights.sum().item()
+    if weights.min() < 0 or not 0 < total < math.inf:                  # NaN fails, too
+        raise ValueError(f"--task {text}: weights can't be negative, infinite or all zero")
+    return weights / total
+
+
 def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
