@@ -832,7 +832,7 @@ def reflect_pad(x, left, right, top, bottom):
     def reflected(size, before, after):            # 3 pixels: ... 2 1 [0 1 2] 1 0 1 2 1 ...
         period = max(2 * (size - 1), 1)
         at = torch.arange(-before, size + after, device=x.device) % period
-        return torch.minimum(at, period - at) if size > 1 else at * 0
+        return torch.minimum(at, period - at)
     h, w = x.shape[2:]
     if not (left or right or top or bottom):
         return x                                   # F.pad would copy it
@@ -847,10 +847,9 @@ def pad_for(x, multiple, square):
     padded[:, :, top:top + H, left:left + W] is x."""
     h, w = x.shape[2:]
     x = reflect_pad(x, 0, -w % multiple, 0, -h % multiple)
-    if not square:
-        return x, 0, 0
     h, w = x.shape[2:]
-    top, left = max(w - h, 0) // 2, max(h - w, 0) // 2
+    edge = max(h, w)
+    top, left = ((edge - h) // 2, (edge - w) // 2) if square else (0, 0)
     return reflect_pad(x, left, left, top, top), top, left
 
 
@@ -882,9 +881,11 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
     x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3), uint8 or floats in
-    [0,1]; a PIL image, or a file's path: for both an upright RGB image of PIL comes out. Floats
-    come out unclamped, as the network made them. Raises ValueError for other shapes and ranges.
-    task: a name of TASKS, or as in Backbone.read_prompt; only "ep" models read it.
+    [0,1]; a PIL image, or a file's path: for both an upright image of PIL comes out, grey ("L") for
+    grey, else RGB: transparency is lost. Floats come out unclamped, as the network made them.
+    Raises ValueError for other shapes and ranges.
+    task: a name of TASKS; a mixture, "noise:0.7,jpeg:0.3"; or as in Backbone.read_prompt. Only "ep"
+    models read it. ("auto", which asks a classifier, is eval.py's.)
     tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
     bounded; None runs the picture whole. overlap: pixels that neighbours share, more than twice
     model.context; the default suits the backbone. report(done, tiles) is called after each tile.
@@ -893,11 +894,9 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     threads may share a model that is in eval mode already, which is then only read; but no other
     thread may train it meanwhile, or call train() or eval().
     """
-    if isinstance(task, str):
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-        task = torch.tensor([TASKS.index(task)])               # (1,): one for all of a batch
-    x, as_given = to_batch(x, next(model.parameters(), None))
+    if isinstance(task, str):      # one task: its row, (1,), for all of a batch; else weights (1,7)
+        task = torch.tensor([TASKS.index(task)]) if task in TASKS else parse_task(task)
+    x, as_given = to_batch(x, next(model.parameters(), torch.empty(0)))
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
     # A network's own output may leave [0,1] a little; 0 .. 255 is far outside.
@@ -929,10 +928,7 @@ def restore_batch(model, x, task, tile, overlap, report):
     run = functools.partial(model, task=task)
     if hasattr(model, "read_prompt"):              # a Backbone reads its prompt once for all tiles
         run = functools.partial(model, prompt=read_prompt_of_any_size(model, padded, task))
-    if tile is None:
-        y = run(padded)
-    else:
-        y = restore_tiled(model, run, padded, tile, overlap, report)
+    y = run(padded) if tile is None else restore_tiled(model, run, padded, tile, overlap, report)
     return y[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
@@ -946,86 +942,78 @@ def to_batch(x, like):
     """What `restore` is given -> (the same as (N,3,H,W), a function that turns a result of that
     shape into the kind it came from). Pictures go to the device and type of the tensor `like`.
     numpy and pillow are imported here, so that who has tensors needs torch alone."""
-    if torch.is_tensor(x):
-        if x.ndim == 3:                            # (3,H,W)
-            return x[None], lambda y: y[0]
-        return x, lambda y: y
+    if torch.is_tensor(x):                         # (N,3,H,W) or (3,H,W)
+        return (x[None] if x.ndim == 3 else x), lambda y: y.reshape(x.shape)
     import numpy as np
     from PIL import Image, ImageOps
     if isinstance(x, (str, Path)):
         with Image.open(x) as image:               # a missing or torn file is pillow's to name
             return to_batch(image, like)
+    mode = None
     if isinstance(x, Image.Image):
-        if x.mode[0] in "IF":                      # 16 bits or more: pillow would cut them at 255
-            raise ValueError(f"restore takes images of 8 bits, not of mode {x.mode}")
+        mode = x.mode                              # "RGB", "L" (grey), ...
+        if mode[0] in "IF":                        # 16 bits or more: pillow would cut them at 255
+            raise ValueError(f"restore takes images of 8 bits, not of mode {mode}")
         # Cameras store pictures as the sensor lay, and how to turn them in EXIF.
-        pixels, back = to_batch(np.asarray(ImageOps.exif_transpose(x).convert("RGB")), like)
-        return pixels, lambda y: Image.fromarray(back(y))
-    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] != 3 or (
-            x.dtype != np.uint8 and x.dtype.kind != "f"):
-        what = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise ValueError("restore takes a path, a PIL image, a tensor, or an array (H,W,3) of "
-                         f"uint8 or floats, not {what}")
-    full = 255 if x.dtype == np.uint8 else 1       # floats beyond [0,1] are for restore to refuse
+        x = np.asarray(ImageOps.exif_transpose(x).convert("RGB"))
+    shape, kind = getattr(x, "shape", ()), str(getattr(x, "dtype", type(x).__name__))
+    if shape[2:] != (3,) or kind not in ("uint8", "float16", "float32", "float64"):
+        raise ValueError("restore takes a path, a PIL image, a tensor or an array (H,W,3) of uint8 "
+                         f"or floats, not {shape} of {kind}")
+    full = 255 if kind == "uint8" else 1           # floats beyond [0,1] are for restore to refuse
 
     def back(y):
         y = y[0].permute(1, 2, 0).float().cpu()                                 # (H,W,3)
         if full == 255:                            # as the protocol rounds: see eval.restored
             y = (y * 255).round().clamp(0, 255)
-        return y.numpy().astype(x.dtype)
-    pixels = torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None]
-    return pixels if like is None else pixels.to(like), back
+        y = y.numpy().astype(kind)
+        return Image.fromarray(y).convert("L" if mode == "L" else "RGB") if mode else y
+    return torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None].to(like), back
 
 
 # ---- Tiles and strips: bounded memory for pictures of any size -----------------------------------
 
 def restore_tiled(model, run, x, tile, overlap, report):
-    """Runs (N,3,H,W) in tiles and blends them. Along each axis a tile's weight is a trapezoid:
-
-        1             ________________
-                     /                \\              0 within `context` of an inner border, where
-        0  _________/                  \\_________    a tile lacks its neighbours; then a ramp over
-           context   ramp          ramp  context      the rest of the overlap; then 1
-    """
+    """Runs (N,3,H,W) in tiles, whose overlaps fade into each other; run: what to call with each.
+    A pixel's weight in a tile is that of its row times that of its column."""
     multiple, context = getattr(model, "multiple", 1), getattr(model, "context", 16)
     overlap = getattr(model, "overlap", 64) if overlap is None else overlap
     tile = math.ceil(tile / multiple) * multiple
     if not 2 * context < overlap < tile:
         raise ValueError(f"tile must be more than overlap, and overlap more than {2 * context}: "
                          f"not {tile} and {overlap}")
-    h, w = x.shape[2:]
-    y, total = torch.zeros_like(x), torch.zeros_like(x[:1, :1])                 # (1,1,H,W)
-    corners = [(top, left) for top in tile_starts(h, tile, overlap)
-               for left in tile_starts(w, tile, overlap)]
-    for count, (top, left) in enumerate(corners, 1):
-        window = (..., slice(top, top + tile), slice(left, left + tile))
-        part = x[window]                                                        # (N,3,tile,tile)
-        down = trapezoid(top, part.shape[2], h, overlap, context, x)
-        across = trapezoid(left, part.shape[3], w, overlap, context, x)
-        weight = down[:, None] * across                                         # (tile,tile)
-        y[window] += run(part) * weight
-        total[window] += weight
-        if report:
-            report(count, len(corners))
-    return y.div_(total)                               # in place: a large picture is large
+    y, done = torch.zeros_like(x), 0
+    above_each_other = tile_weights(x.shape[2], tile, overlap, context, x)
+    side_by_side = tile_weights(x.shape[3], tile, overlap, context, x)
+    for rows, down in above_each_other:
+        for columns, across in side_by_side:
+            part = run(x[:, :, rows, columns])                                  # (N,3,tile,tile)
+            y[:, :, rows, columns] += part * (down[:, None] * across)           # (tile,tile)
+            done += 1
+            if report:
+                report(done, len(above_each_other) * len(side_by_side))
+    return y
 
 
-def tile_starts(size, tile, overlap):
-    """Where tiles begin along an axis; the last one ends at the image's edge."""
-    last = max(size - tile, 0)
-    return [*range(0, last, tile - overlap), last]
+def tile_weights(size, tile, overlap, context, like):
+    """[(slice, weights there), ...]: the tiles along one axis of an image. A tile's weight, before
+    division by the sum over the tiles, is a trapezoid:
 
-
-def trapezoid(start, length, size, overlap, context, like):
-    """Weights (length,) of a tile along one axis; an edge of the image keeps full weight."""
-    at = torch.arange(length, device=like.device, dtype=like.dtype)
+        ramp          ________________
+                     /                \\              0 within `context` of an inner border, where
+        0  _________/                  \\_________    a tile lacks its neighbours; then a ramp over
+           context   ramp          ramp  context      the rest of the overlap; then level
+    """
+    last = max(size - tile, 0)                     # the last tile ends at the image's edge
+    starts = [*range(0, last, tile - overlap), last]
     ramp = overlap - 2 * context + 1
-    weight = torch.ones_like(at)
-    if start > 0:
-        weight = weight.minimum((at - context + 1) / ramp)
-    if start + length < size:
-        weight = weight.minimum((length - at - context) / ramp)
-    return weight.clamp_min(0)
+    at = torch.arange(size) - torch.tensor(starts)[:, None]                     # (tiles, size)
+    rise, fall = at - context + 1, tile - context - at
+    rise[0] = fall[-1] = ramp                      # an edge of the image keeps full weight
+    weights = rise.minimum(fall).clamp(0, ramp)
+    weights = (weights / weights.sum(0)).to(like)
+    spans = [slice(start, start + tile) for start in starts]
+    return [(span, weight[span]) for span, weight in zip(spans, weights)]
 
 
 def read_prompt_of_any_size(model, x, task):
@@ -1033,26 +1021,23 @@ def read_prompt_of_any_size(model, x, task):
     if model.prompt != "ap":                                   # their prompts are 128 x 128
         return model.read_prompt(x, task)
     h, w = x.shape[2:]
-    if h * w > 2 ** 22:               # 4 megapixels: the first map alone would take 268 MB
-        return model.path.scales_and_shifts([mean_by_strips(extract, x)
-                                             for extract in model.path.extract])
-    return model.read_prompt(reflect_pad(x, 0, max(5 - w, 0), 0, max(5 - h, 0)), task)
+    x = reflect_pad(x, 0, max(5 - w, 0), 0, max(5 - h, 0))     # F_ext needs 5 x 5
+    return model.path.scales_and_shifts([mean_by_strips(f_ext, x) for f_ext in model.path.extract])
 
 
 def mean_by_strips(extract, p, rows=64):
-    """Extractor.forward, with no more than some rows of its last map in memory at a time.
+    """Extractor.forward, with few more than some rows of its last map in memory at a time: the
+    first map of a whole photo of 24 megapixels would take 1.5 GB.
 
-    Row r of that map sees rows 8 r - 7 .. 8 r + 11 of p. A strip is given one row of the map more
-    at its top, where its own border spoils it, and two more at its bottom; these are cut away.
+    Row r of the last map sees rows 8 r - 7 .. 8 r + 11 of p. A strip is given one row of the map
+    more at its top, where its own border spoils it, and two more at its bottom; these are cut away.
     """
-    size = p.shape[2]
-    for conv in (extract.conv1, extract.conv2, extract.conv3):
-        size = (size + 2 - conv.kernel_size[0]) // 2 + 1                        # height of the map
+    size = extract.features(p[..., :5]).shape[2]   # the map's height: a narrow strip shows it
     total = 0
     for first in range(0, size, rows):
-        last, above = min(first + rows, size), min(first, 1)   # there is no row above the first
-        strip = p[:, :, 8 * (first - above):8 * last + 16]
-        f = extract.features(strip)[:, :, above:above + last - first]
+        above = min(first, 1)                      # there is no row above the first
+        strip = p[:, :, 8 * (first - above):8 * (first + rows) + 16]
+        f = extract.features(strip)[:, :, above:above + rows]                   # (N,64,rows,~W/8)
         total = total + f.mean(3).sum(2)                                        # (N,64)
     return total / size
 
@@ -1074,20 +1059,15 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
         path = Path(path) / "last.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: No such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except OSError as error:                       # No such file or directory, Permission denied
+        raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception:              # torch raises a dozen kinds for torn, foreign and hostile files
         raise ValueError(f"{path}: not a checkpoint (torn, not written by torch.save, or holding "
                          "more than plain weights)") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(saved).__name__}")
     try:
-        if "mioir" in saved:
-            model, info = _load_own(saved, weights, prompts)
-        else:
-            model, info = _load_bare(saved, weights, prompts)
+        model, info = _load(saved, weights, prompts)
     except KeyError as error:                      # of ours, but not whole
         raise ValueError(f"{path}: key {error} is missing") from None
     except (ValueError, AttributeError, TypeError, RuntimeError) as error:
@@ -1095,66 +1075,35 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
     return model.to(device).eval(), info
 
 
-def _load_own(saved, weights, prompts):
-    """(model, info) of a checkpoint of train.py."""
-    if prompts is not None:
-        raise ValueError("holds its own prompt images: --prompts is for published 'ep' models")
-    if saved["arch"] == "classifier":
-        model = TaskClassifier(**saved["sizes"])
+def _load(saved, weights, prompts):
+    """(model, info) of a checkpoint of train.py, which says what it holds, or of weights alone."""
+    if "mioir" in saved:
+        state = saved[weights]
+        info = {key: saved[key] for key in saved if key not in ("raw", "ema", "optimizer")}
+        info["published"] = False
     else:
-        model = build_model(saved["arch"], saved["prompt"], **saved["sizes"])
-    if "prompts" in saved[weights]:                # as many as there were tasks when it was trained
-        count = len(saved[weights]["prompts"])
-        if count > len(TASKS):
-            raise ValueError(f"was trained on {count} tasks, and this program knows {len(TASKS)}; "
-                             "run it by the script that added the task")
-        model.prompts = torch.empty_like(saved[weights]["prompts"], dtype=torch.float32)
-    _check_names(_shapes(model.state_dict()), _shapes(saved[weights]))
-    model.load_state_dict(saved[weights])
-    info = {key: value for key, value in saved.items() if key not in ("raw", "ema", "optimizer")}
-    return model, {**info, "published": False}
+        state = _unwrap(saved, weights)
+        info = identify(state)
+    lacks_prompts = info["published"] and info["prompt"] == "ep"
+    if lacks_prompts == (prompts is None):
+        raise ValueError("a published 'ep' model, and no other, needs the prompt images it was "
+                         "trained with, which its file lacks: --prompts type7.npy")
+    if info["arch"] == "classifier":
+        model = TaskClassifier(**info["sizes"])
+    else:
+        model = build_model(info["arch"], info["prompt"], **info["sizes"])
+    if info["published"]:
+        return load_official(model, state, prompts), info
+    if "prompts" in state:                         # as many as there were tasks when it was trained
+        if len(state["prompts"]) > len(TASKS):
+            raise ValueError(f"was trained on {len(state['prompts'])} tasks, and this program "
+                             f"knows {len(TASKS)}; run it by the script that added the task")
+        model.prompts = torch.empty_like(state["prompts"], dtype=torch.float32)
+    _fill(model.state_dict(), state)
+    return model, info
 
 
-def _load_bare(saved, weights, prompts):
-    """(model, info) of weights alone, told by their keys: ours, or of the paper's authors.
-
-    Keys and shapes say which network and which prompt. Nothing says how many blocks of what width
-    there should be, so the paper's sizes are assumed, and _check_names refuses any others.
-    """
-    state = _unwrap(saved, weights)
-    for arch, mark in _OWN_MARKS.items():
-        if mark in state:
-            # What train.py would have stored beside the weights.
-            prompt = _kind_of_prompt(state, "path.extract.0.conv1.weight")      # or None
-            sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
-            return _load_own({"mioir": 1, "arch": arch, "prompt": prompt, "sizes": sizes,
-                              weights: state}, weights, prompts)
-    arch, prompt = _identify(state)
-    if prompt == "ep" and prompts is None:
-        raise ValueError("a published 'ep' model needs the prompt images it was trained with, and "
-                         "they are not in the file: give the published --prompts type7.npy")
-    model = TaskClassifier() if arch == "classifier" else build_model(arch, prompt)
-    _fill(model, state, prompts)
-    return model, {"arch": arch, "prompt": prompt, "sizes": {}, "published": True}
-
-
-def identify_official(state_dict):
-    """(arch, prompt) of a published state dict, from its keys alone; ValueError if it is none."""
-    return _identify(_unwrap(state_dict))
-
-
-def load_official(model, state_dict, prompts=None):
-    """Loads published weights into one of our models (backbone or TaskClassifier), strictly.
-
-    state_dict: {published name: tensor}, bare or wrapped in {"params", "params_ema"} or with a
-    "module." prefix. prompts: (7,128,128) array, the images of a published "ep" model (type7.npy).
-    Raises ValueError that names every missing, unexpected or mis-shaped key. Returns the model.
-    """
-    _fill(model, _unwrap(state_dict), prompts)
-    return model
-
-
-def _unwrap(saved, weights="raw"):
+def _unwrap(saved, weights):
     """Out of wrappers, prefixes, and buffers that the sizes imply.
 
     {"params", "params_ema"} is BasicSR's, {"state_dict"} Lightning's, {"model"} everybody's;
@@ -1162,158 +1111,140 @@ def _unwrap(saved, weights="raw"):
     """
     if weights == "ema" and "params_ema" not in saved:
         raise ValueError("holds no moving average of the weights (EMA): leave --weights ema out")
-    names = ("params", "state_dict", "model") if weights == "raw" else ("params_ema",)
-    for name in names:
+    for name in ("params_ema" if weights == "ema" else "params", "state_dict", "model"):
         saved = saved.get(name, saved)             # where there is no such wrapper, as it is
-    state = {}
-    for key, value in saved.items():
-        if not key.endswith(("relative_position_index", "attn_mask")):
-            state[re.sub(r"^((module|net|_orig_mod)\.)+", "", key)] = value     # one or several
-    return state
+    prefix = re.compile(r"^((module|net|_orig_mod)\.)+")                         # one or several
+    return {prefix.sub("", key): value for key, value in saved.items()
+            if not key.endswith(("relative_position_index", "attn_mask"))}
 
 
-# A parameter that tells a backbone, by its published name; PromptIR has Restormer's, too, so it is
-# asked for first.
-_MARKS = {"promptir": "prompt1.prompt_param", "restormer": "latent.0.attn.temperature",
-          "uformer": "input_proj.proj.0.weight", "swinir": "conv_after_body.weight",
-          "srresnet": "conv_hr.weight", "classifier": "CondNet.0.weight"}
-# The same by our own names, of which the published files have none.
-_OWN_MARKS = {"promptir": "interact.0.generate.components", "restormer": "embed.weight",
-              "uformer": "input.weight", "swinir": "norm_first.weight",
-              "srresnet": "blocks.0.conv1.weight", "classifier": "features.0.weight"}
+# A parameter that tells a network, by its name in ours and in the published one. PromptIR has
+# Restormer's, too, so it is asked for first. Our SRResNet has a conv_hr, too: ours are asked first.
+_MARKS = {
+    "promptir": ("interact.0.generate.components", "prompt1.prompt_param"),
+    "restormer": ("embed.weight", "latent.0.attn.temperature"),
+    "uformer": ("input.weight", "input_proj.proj.0.weight"),
+    "swinir": ("norm_first.weight", "conv_after_body.weight"),
+    "srresnet": ("blocks.0.conv1.weight", "conv_hr.weight"),
+    "classifier": ("features.0.weight", "CondNet.0.weight")}
 
 
-def _kind_of_prompt(state, *names):
-    """"ep", "ap" or None, by the first convolution of F_ext: (64,1,7,7) reads grey prompt images,
-    (64,3,7,7) the degraded image. names: how it may be called."""
-    for name in names:
-        if name in state:
-            return {1: "ep", 3: "ap"}[state[name].shape[1]]
+def identify(state):
+    """{"arch", "prompt", "sizes", "published"} of weights, told by their keys and shapes: what
+    train.py would have stored beside them. ValueError if they are neither ours nor published.
 
-
-def _identify(state):
-    for arch, mark in _MARKS.items():
-        if mark in state:
-            return arch, _kind_of_prompt(state, "F_ext_net.conv1.weight", "F_ext_net1.conv1.weight")
+    Nothing says how many blocks of what width there should be, so the paper's sizes are assumed,
+    and _fill refuses any others. Of our classifier the last layer tells whether it knows "none".
+    """
+    for arch, (ours, theirs) in _MARKS.items():
+        if ours in state or theirs in state:
+            prompt = None
+            for value in state.values():
+                if value.shape[2:] == (7, 7):      # F_ext alone has such kernels, (64,1 or 3,7,7)
+                    prompt = "ep" if value.shape[1] == 1 else "ap"              # grey images, or x
+            sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
+            return {"arch": arch, "prompt": prompt, "sizes": sizes, "published": ours not in state}
     first = ", ".join(map(str, list(state)[:3])) or "nothing"
     raise ValueError(f"none of the published models: its keys begin with {first}")
 
 
-def _fill(model, state, prompts):
-    """Copies published tensors into our model after every name and shape has been checked."""
-    arch = "classifier"
-    for name, cls in MODELS.items():
-        if type(model) is cls:
-            arch = name
-    own = {}              # our name: our tensor
-    sources = {}          # our name: the one or two published names that it is made of
-    expected = {}         # published name: its shape
+def load_official(model, state_dict, prompts=None):
+    """Loads published weights into one of our models (backbone or TaskClassifier), strictly.
+
+    state_dict: {published name: tensor}, bare or wrapped in {"params", "params_ema"} or with a
+    "module." prefix. prompts: (7,128,128) array, the images of a published "ep" model (type7.npy).
+    Raises ValueError that names the missing, unexpected or mis-shaped keys. Returns the model.
+    """
+    arch = {network: name for name, network in MODELS.items()}.get(type(model), "classifier")
+    state, slots = _unwrap(state_dict, "raw"), {}  # slots, by published names: where to copy to
     for name, value in model.state_dict().items():
-        if name != "prompts":
-            own[name], sources[name] = value, published_names(arch, model, name)
-            rows, rest = value.shape[0], value.shape[1:]         # a linear layer's is (rows, cols)
-            if len(sources[name]) == 1:
-                expected[sources[name][0]] = (rows, *rest)
-            else:                                  # our qkv is their to_q, then their to_kv
-                expected[sources[name][0]] = (rows // 3, *rest)
-                expected[sources[name][1]] = (rows // 3 * 2, *rest)
-    _check_names(expected, _shapes(state))         # all, before the first is copied
-    for name, value in own.items():
-        value.copy_(torch.cat([state[source] for source in sources[name]]))
-    if prompts is not None:
-        if not hasattr(model, "prompts"):
-            raise ValueError("prompts belong to 'ep' models; this one takes none")
-        prompts = torch.as_tensor(prompts, dtype=torch.float32)
-        if prompts.shape != model.prompts.shape:
-            raise ValueError(f"prompts must be (7, 128, 128), not {tuple(prompts.shape)}")
-        model.prompts.copy_(prompts)
+        names, rows = published_names(arch, model, name), len(value) // 3
+        # Our qkv is their to_q, then their to_kv; the parts are views, so what they get is ours.
+        parts = [value] if len(names) == 1 else [value[:rows], value[rows:]]
+        slots.update(zip(names, parts))
+    if prompts is None:
+        slots.pop("prompts", None)                 # the model keeps those that it has
+    else:
+        state["prompts"] = torch.as_tensor(prompts)            # they keep their name
+    _fill(slots, state)
+    return model
 
 
-def _shapes(state):
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def _check_names(expected, found):
-    """Raises ValueError naming the keys that are missing, unexpected or of another shape."""
-    faults = {"missing": [], "unexpected": [], "mis-shaped": []}
-    for name, shape in expected.items():
-        if name not in found:
-            faults["missing"].append(name)
-        elif found[name] != shape:
-            faults["mis-shaped"].append(f"{name} {found[name]}, not {shape}")
-    for name in found:
-        if name not in expected:
-            faults["unexpected"].append(name)
-    said = []             # five names of each kind: a wrong model has hundreds
-    for fault, names in faults.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        if names:
-            said.append(f"{fault}: {', '.join(map(str, names[:5]))}{more}")
-    if said:
-        raise ValueError("weights do not fit the model; " + "; ".join(said))
+def _fill(slots, state):
+    """Copies state into slots, both {name: tensor}, once every name and shape has been checked."""
+    faults = [f"unexpected {name}" for name in state if name not in slots]
+    for name, slot in slots.items():
+        if name not in state:
+            faults.append(f"missing {name}")
+        elif state[name].shape != slot.shape:
+            found, due = tuple(state[name].shape), tuple(slot.shape)
+            faults.append(f"mis-shaped {name}: {found}, not {due}")
+    if faults:                                     # a wrong model has hundreds: nine are shown
+        raise ValueError(f"{len(faults)} weights do not fit the model: {'; '.join(faults[:9])}")
+    for name, slot in slots.items():
+        slot.copy_(state[name])
 
 
 # ---- The published parameter names ---------------------------------------------------------------
-# (ours, theirs), applied from top to bottom. # is a number n; {n1} is n + 1, {n2} n + 2 and {m1}
-# n - 1: ("up.#.", "up{n2}_{n1}.body.") makes up2_1.body.weight of up.0.weight. Where theirs has a
-# +, ours is the two tensors joined.
 
-_U_SHAPE = (
-    ("embed.", "patch_embed.proj."),
-    ("encoder.#.", "encoder_level{n1}."), ("down.#.", "down{n1}_{n2}.body."),
-    ("decoder.#.", "decoder_level{n1}."), ("up.#.", "up{n2}_{n1}.body."),
-    ("interact.#.generate.", "prompt{n1}."), ("interact.#.block.", "noise_level{n1}."),
-    ("interact.#.reduce.", "reduce_noise_level{n1}."), ("reduce.#.", "reduce_chan_level{n1}."),
-    (".norm#.", ".norm{n}.body."), (".attn.dwconv.", ".attn.qkv_dwconv."),
-    (".attn.project.", ".attn.project_out."), (".components", ".prompt_param"),
-    ("prompt#.linear.", "prompt{n}.linear_layer."), ("prompt#.conv.", "prompt{n}.conv3x3."),
-    ("path.extract.#.", "F_ext_net{n1}."))
+# {ours: theirs}: parts of a name, to be replaced from top to bottom. First come the sites, where
+# path.scale.latent.weight and path.shift.latent.weight are prompt_scale1.weight, prompt_shift1.
 _NAMES = {
-    "srresnet": (("blocks.", "body."),),
-    "srresnet with a prompt": (           # there, each block has a name and a list of its own
-        ("blocks.#.", "body{n1}.0."), ("path.extract.0.", "F_ext_net.")),
-    "swinir": (
-        ("path.extract.0.", "F_ext_net."), ("path.scale.group#.", "layers.{m1}.prompt_scale."),
-        ("path.shift.group#.", "layers.{m1}.prompt_shift."), ("norm_first.", "patch_embed.norm."),
-        ("norm_last.", "norm."), ("conv_before_upsample.", "conv_before_upsample.0."),
-        ("groups.#.stage.", "layers.{n}.residual_group."), ("groups.#.conv.", "layers.{n}.conv."),
-        (".mlp.0.", ".mlp.fc1."), (".mlp.2.", ".mlp.fc2."), (".attn.project.", ".attn.proj."),
-        (".bias_table", ".relative_position_bias_table")),
-    "restormer": _U_SHAPE,
-    "uformer": (
-        ("input.", "input_proj.proj.0."), ("output.", "output_proj.proj.0."),
-        ("encoder.#.", "encoderlayer_{n}."), ("decoder.#.", "decoderlayer_{n}."),
-        ("down.#.", "dowsample_{n}.conv.0."), ("up.#.", "upsample_{n}.deconv.0."),
-        ("bottleneck.", "conv."), (".modulator", ".modulator.weight"),
-        (".linear#.", ".linear{n}.0."), (".dwconv.", ".dwconv.0."),
-        (".qkv.", ".qkv.to_q+to_kv."), (".attn.project.", ".attn.proj."),
-        (".bias_table", ".relative_position_bias_table"), ("path.extract.#.", "F_ext_net{n1}.")),
-    "promptir": _U_SHAPE,
-    "classifier": (("features.", "CondNet."), ("head.", "lastOut.")),
+    "srresnet": {".block": ".", ".last.": ".out.", "path.extract.0.": "F_ext_net.",
+                 "blocks.": "block."},
+    "swinir": {
+        ".after_body.": "._after_body.", ".before_upsample.": "._before_upsample.",
+        ".last.": "._last.", "path.extract.0.": "F_ext_net.", "groups.": "layers.",
+        "norm_first.": "patch_embed.norm.", "norm_last.": "norm.", ".stage.": ".residual_group.",
+        "conv_before_upsample.": "conv_before_upsample.0.", ".mlp.0.": ".mlp.fc1.",
+        ".mlp.2.": ".mlp.fc2.", ".project.": ".proj.",
+        "bias_table": "relative_position_bias_table"},
+    "restormer": {                                                              # and PromptIR
+        ".latent.": ".1.", ".decoder3.": ".2.", ".decoder2.": ".3.", ".decoder1.": ".4.",
+        ".refinement.": ".5.", ".output.": ".out.", "embed.": "patch_embed.proj.",
+        ".norm1.": ".norm1.body.", ".norm2.": ".norm2.body.", ".attn.dwconv.": ".attn.qkv_dwconv.",
+        ".project.": ".project_out.", ".components": ".prompt_param", ".linear.": ".linear_layer.",
+        ".conv.": ".conv3x3."},
+    "uformer": {                                   # "dowsample": so it is published
+        ".bottleneck.": ".0.", ".decoder0.": ".1.", ".decoder1.": ".2.", ".decoder2.": ".3.",
+        ".decoder3.": ".4.", ".output.": ".5.",
+        "input.": "input_proj.proj.0.", "output.": "output_proj.proj.0.", "bottleneck.": "conv.",
+        "encoder.": "encoderlayer_", "decoder.": "decoderlayer_", ".modulator": ".modulator.weight",
+        "down.0.": "dowsample_0.conv.0.", "up.0.": "upsample_0.deconv.0.",
+        "down.1.": "dowsample_1.conv.0.", "up.1.": "upsample_1.deconv.0.",
+        "down.2.": "dowsample_2.conv.0.", "up.2.": "upsample_2.deconv.0.",
+        "down.3.": "dowsample_3.conv.0.", "up.3.": "upsample_3.deconv.0.",
+        ".linear1.": ".linear1.0.", ".linear2.": ".linear2.0.", ".dwconv.": ".dwconv.0.",
+        ".project.": ".proj.", "bias_table": "relative_position_bias_table"},
+    "classifier": {"features.": "CondNet.", "head.": "lastOut."},
 }
-_SITES = {                                # what follows prompt_scale and prompt_shift at each site
-    "srresnet": {**{f"block{i}": i for i in range(1, 17)}, "hr": "hr", "last": "out"},
-    "swinir": {"after_body": "_after_body", "before_upsample": "_before_upsample", "last": "_last"},
-    "restormer": {"latent": 1, "decoder3": 2, "decoder2": 3, "decoder1": 4, "refinement": 5,
-                  "output": "out"},
-    "uformer": {"bottleneck": 0, "decoder0": 1, "decoder1": 2, "decoder2": 3, "decoder3": 4,
-                "output": 5},
-}
+
+
+def _numbered(n):
+    """The same for the n-th of several, in all networks: ours count from 0, most of theirs from 1.
+    (SRResNet's blocks are so called where it has a prompt: each then has a list of its own.)"""
+    return {
+        f"block.{n}.": f"body{n + 1}.0.", f"path.extract.{n}.": f"F_ext_net{n + 1}.",
+        f"path.scale.group{n + 1}.": f"layers.{n}.prompt_scale.",               # SwinIR
+        f"path.shift.group{n + 1}.": f"layers.{n}.prompt_shift.",
+        f"encoder.{n}.": f"encoder_level{n + 1}.", f"decoder.{n}.": f"decoder_level{n + 1}.",
+        f"down.{n}.": f"down{n + 1}_{n + 2}.body.", f"up.{n}.": f"up{n + 2}_{n + 1}.body.",
+        f"reduce.{n}.": f"reduce_chan_level{n + 1}.",
+        f"interact.{n}.generate.": f"prompt{n + 1}.",                           # PromptIR
+        f"interact.{n}.block.": f"noise_level{n + 1}.",
+        f"interact.{n}.reduce.": f"reduce_noise_level{n + 1}."}
 
 
 def published_names(arch, model, name):
     """Our parameter name -> the published names it is made of: one, or two to join along axis 0."""
-    for site, suffix in _SITES.get(arch, {}).items():
-        name = name.replace(f"path.scale.{site}.", f"prompt_scale{suffix}.")
-        name = name.replace(f"path.shift.{site}.", f"prompt_shift{suffix}.")
-    if name.startswith("prompt_s"):
-        return [name]
-    with_prompt = arch == "srresnet" and model.prompt is not None
-    for ours, theirs in _NAMES["srresnet with a prompt" if with_prompt else arch]:
-        found = re.search(re.escape(ours).replace(r"\#", r"(\d+)"), name)
-        if found:
-            n = int(found[1]) if "#" in ours else 0
-            name = name.replace(found[0], theirs.format(n=n, n1=n + 1, n2=n + 2, m1=n - 1), 1)
-    if "to_q+to_kv" in name:
-        return [name.replace("to_q+to_kv", "to_q"), name.replace("to_q+to_kv", "to_kv")]
+    if arch == "srresnet" and model.prompt is None:
+        return [name.replace("blocks.", "body.")]
+    pairs = [*_NAMES["restormer" if arch == "promptir" else arch].items()]
+    for n in range(16):
+        pairs += _numbered(n).items()
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    name = name.replace("path.scale.", "prompt_scale").replace("path.shift.", "prompt_shift")
+    if arch == "uformer" and ".qkv." in name:
+        return [name.replace(".qkv.", ".qkv.to_q."), name.replace(".qkv.", ".qkv.to_kv.")]
     return [name]

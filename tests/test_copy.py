@@ -37,7 +37,7 @@ COPY = {
     "Uformer": ("mioir.py", [*BACKBONE, *WINDOW, "LeFF"],
                 "assert Uformer(None, 8, (1,) * 9)(torch.rand(1, 3, 128, 256)).shape == (1, 3, 128, 256)"),
     "TaskClassifier": ("mioir.py", ["TASKS"], "assert TaskClassifier(8)(torch.rand(2, 3, 32, 32)).shape == (2, 7)"),
-    "restore": ("mioir.py", ["TASKS", "to_batch", "restore_batch", "reflect_pad", "pad_for", "restore_tiled", "tile_starts", "trapezoid"],
+    "restore": ("mioir.py", ["TASKS", "parse_task", "to_batch", "restore_batch", "reflect_pad", "pad_for", "restore_tiled", "tile_weights"],
                 "class Same(nn.Module):\n    multiple, overlap, context = 8, 40, 16\n"
                 "    def forward(self, x, task):\n        return x\n"
                 "x = torch.rand(1, 3, 70, 90); assert torch.allclose(restore(Same(), x, tile=64), x, atol=1e-6)"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mioir
-from mioir import ARCHS, TASKS, TaskClassifier, build_model, identify_official, load_official, restore
+from mioir import ARCHS, TASKS, TaskClassifier, build_model, identify, load_official, restore
 from reference import OUTPUTS, VARIANTS, published_input, published_prompts, published_state
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,8 @@ def error(model, variant):
 def test_outputs_and_parameter_counts_equal_the_published_ones(variant):
     state = published_state(variant)
     arch, prompt = variant.split("-")
-    assert identify_official(state) == (arch, None if prompt == "none" else prompt)
+    info = identify(state)
+    assert (info["arch"], info["prompt"], info["published"]) == (arch, None if prompt == "none" else prompt, True)
     model = published(variant, state)
     assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant]["params"]
     assert error(model, variant) < 1e-5
@@ -121,7 +122,6 @@ def test_load_official_understands_wrappers_and_ignores_derived_buffers():
     state = published_state("swinir-none")
     state |= {name: torch.zeros(3) for name in VARIANTS["swinir-none"]["derived"]}
     wrapped = {"params": {f"module.{k}": v for k, v in state.items()}, "params_ema": {}}
-    assert identify_official(wrapped) == ("swinir", None)
     model = load_official(build_model("swinir"), wrapped)
     assert torch.equal(model.groups[1].conv.weight, state["layers.1.conv.weight"])
 
@@ -322,11 +322,22 @@ def test_restore_gives_back_the_kind_it_was_given(tmp_path):
             assert np.abs(y - truth).max() < 1e-6, kind
 
 
+def test_restore_mixes_tasks_and_leaves_grey_pictures_grey():
+    model, x = small("srresnet", "ep"), torch.rand(2, 3, 20, 30)
+    weights = torch.zeros(1, 7)
+    weights[0, TASKS.index("noise")], weights[0, TASKS.index("jpeg")] = 0.7, 0.3
+    assert torch.allclose(restore(model, x, "Noise:0.7, jpeg:0.3"), restore(model, x, weights), atol=1e-6)
+    assert torch.allclose(restore(model, x, "jpeg"), restore(model, x, torch.tensor([TASKS.index("jpeg")] * 2)), atol=1e-6)
+    for mode, expected in (("L", "L"), ("RGB", "RGB"), ("RGBA", "RGB"), ("P", "RGB")):
+        assert restore(model, Image.new(mode, (30, 20)), "noise").mode == expected
+
+
 @pytest.mark.parametrize("x, task, words", [
     (torch.rand(1, 3, 8, 8) * 255, "noise", "divide by 255"), (np.full((8, 8, 3), 90.0), "noise", "divide by 255"),
     (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "noise", "divide by 255"), (np.zeros((8, 8)), "noise", "(H,W,3)"),
     (np.zeros((3, 8, 8), np.uint8), "noise", "(H,W,3)"), (torch.rand(8, 8), "noise", "(N,3,H,W)"), ([1], "noise", "list"),
-    (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'")])
+    (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'"),
+    (torch.rand(1, 3, 8, 8), "auto", "auto is eval.py's, by a classifier"), (torch.rand(1, 3, 8, 8), "noise:x", "'x' is not a number")])
 def test_restore_refuses_what_it_cannot_read_in_one_line(x, task, words):
     with pytest.raises(ValueError) as caught:
         restore(small("srresnet", "ep"), x, task)
@@ -373,7 +384,8 @@ def test_weights_are_read_out_of_wrappers_by_our_names_and_the_published(tmp_pat
 def test_a_bare_state_dict_of_ours_tells_its_network(arch):
     with torch.device("meta"):
         state = build_model(arch).state_dict()
-    assert next(name for name, mark in mioir._OWN_MARKS.items() if mark in state) == arch
+    info = identify(state)
+    assert info["arch"] == arch and not info["published"]
 
 
 def test_a_folder_stands_for_its_last_checkpoint_and_what_is_missing_is_called_missing(tmp_path):
