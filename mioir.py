@@ -1020,8 +1020,7 @@ def read_prompt_of_any_size(model, x, task):
     """model.read_prompt, also where a photo as its own prompt is too large or too small for it."""
     if model.prompt != "ap":                                   # their prompts are 128 x 128
         return model.read_prompt(x, task)
-    h, w = x.shape[2:]
-    x = reflect_pad(x, 0, max(5 - w, 0), 0, max(5 - h, 0))     # F_ext needs 5 x 5
+    x = reflect_pad(x, 0, max(5 - x.shape[3], 0), 0, max(5 - x.shape[2], 0))    # F_ext needs 5 x 5
     return model.path.scales_and_shifts([mean_by_strips(f_ext, x) for f_ext in model.path.extract])
 
 
@@ -1078,12 +1077,11 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
 def _load(saved, weights, prompts):
     """(model, info) of a checkpoint of train.py, which says what it holds, or of weights alone."""
     if "mioir" in saved:
-        state = saved[weights]
         info = {key: saved[key] for key in saved if key not in ("raw", "ema", "optimizer")}
         info["published"] = False
     else:
-        state = _unwrap(saved, weights)
-        info = identify(state)
+        saved = {weights: _unwrap(saved, weights)}
+        info = identify(saved[weights])
     lacks_prompts = info["published"] and info["prompt"] == "ep"
     if lacks_prompts == (prompts is None):
         raise ValueError("a published 'ep' model, and no other, needs the prompt images it was "
@@ -1092,6 +1090,7 @@ def _load(saved, weights, prompts):
         model = TaskClassifier(**info["sizes"])
     else:
         model = build_model(info["arch"], info["prompt"], **info["sizes"])
+    state = saved[weights]
     if info["published"]:
         return load_official(model, state, prompts), info
     if "prompts" in state:                         # as many as there were tasks when it was trained
@@ -1153,7 +1152,7 @@ def load_official(model, state_dict, prompts=None):
 
     state_dict: {published name: tensor}, bare or wrapped in {"params", "params_ema"} or with a
     "module." prefix. prompts: (7,128,128) array, the images of a published "ep" model (type7.npy).
-    Raises ValueError that names the missing, unexpected or mis-shaped keys. Returns the model.
+    Raises ValueError that names missing, unexpected and mis-shaped keys. Returns the model.
     """
     arch = {network: name for name, network in MODELS.items()}.get(type(model), "classifier")
     state, slots = _unwrap(state_dict, "raw"), {}  # slots, by published names: where to copy to
