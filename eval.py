@@ -10,17 +10,18 @@
 The protocol (paper, Section 5.1), each point where it is computed below:
   - images are compared as 8-bit RGB: the output is clamped to [0,1], times 255, rounded (restored);
   - 4 pixels at each border are cut off, then PSNR and SSIM are taken (inside_border, psnr, ssim);
-  - a set's score is the plain mean over its images (score_set), and an average over sets is the
-    plain mean over the sets, however many images each holds (score_sets);
+  - a set's score is the plain mean over its images (score), and an average over sets is the plain
+    mean over the sets, however many images each holds (score_sets);
   - the weights are the raw ones, not their moving average (--weights raw, the default);
   - a picture runs through the network whole, not in tiles (testsets);
-  - a model with explicit prompts gets the prompt that the task classifier names (prompt_chooser).
+  - a model with explicit prompts gets the prompt that the task classifier names (chosen_prompt).
 
 Words used throughout
   lq, gt      a degraded ("low-quality") image and its ground truth: (1,3,H,W) floats in [0,1]
   picture     the same as (H,W,3) uint8, red green blue: what a file holds and what metrics compare
   pairs       {task: [(lq, gt), ...]}
   task        one of mioir.TASKS by name; or (1,7) weights, a mixture of the seven prompt images
+  prompt      in commands: such a task for all pictures, or the classifier, which names each one's
   "ep", "ap"  model.prompt: explicit prompts (need a task), adaptive prompts (need none); or None
   In-Dis      degraded as strongly as the training data; Out-Dis: more strongly than any of them;
               Unknown: by cameras and in other ways for which no task is given
@@ -30,14 +31,12 @@ Sources: Kong, Dong, Zhang, arXiv 2401.03379, Section 5.1, Tables 3 and 4; for t
 Bovik, Sheikh, Simoncelli 2004 (SSIM) and BasicSR, whose conventions the published figures follow.
 """
 import argparse
-import bisect
 import contextlib
 import ctypes
 import io
 import json
 import math
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -48,9 +47,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
-from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, find_depths,
-                     gaussian_taps, list_images, open_image, read_depth, read_image, seeded,
-                     time_left, to_image, to_rgb, to_tensor, whole_file)
+from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, gaussian_taps,
+                     list_images, open_image, photo_items, read_image, seeded, time_left, to_image,
+                     to_rgb, to_tensor, whole_file)
 from mioir import ANSWERS, TASKS, TaskClassifier, load_model, restore
 
 
@@ -68,8 +67,7 @@ def inside_border(a, b, crop):
                          f"not {a.shape} {a.dtype} and {b.shape} {b.dtype}")
     h, w = a.shape[:2]
     if min(h, w) <= 2 * crop:
-        raise ValueError(f"an image of {w} x {h} has nothing left after cutting "
-                         f"{crop} pixels off each side")
+        raise ValueError(f"{w} x {h} pixels: nothing left after cutting {crop} off each side")
     inside = np.s_[crop:h - crop, crop:w - crop]
     return a[inside].astype(np.float64), b[inside].astype(np.float64)
 
@@ -117,8 +115,7 @@ def ssim(a, b, crop=4):
     a = torch.from_numpy(a).permute(2, 0, 1)[:, None]
     b = torch.from_numpy(b).permute(2, 0, 1)[:, None]
     if min(a.shape[2:]) < 11:
-        raise ValueError("SSIM needs 11 pixels in height and width after the cut, "
-                         f"not {tuple(a.shape[2:])}")
+        raise ValueError(f"SSIM needs 11 x 11 pixels after the cut, not {tuple(a.shape[2:])}")
     mean_a = local_mean(a)                                                         # mu_a
     mean_b = local_mean(b)                                                         # mu_b
     var_a = local_mean(a * a) - mean_a ** 2              # sigma_a^2 = E[a^2] - E[a]^2
@@ -188,11 +185,10 @@ def restored(model, lq, task, device, tile=None):
     task: a name or (1,7) weights; "ep" models alone read it, others may get None.
     tile: edge of the tiles in pixels; 0: the image is run whole; None: as auto_tile says.
     """
-    if tile is None:
-        tile = auto_tile(*lq.shape[2:])                    # 0 or 512
+    tile = auto_tile(*lq.shape[2:]) if tile is None else tile
     with memory_errors_explained(*lq.shape[2:], tile):
-        y = restore(model, lq.to(device), task, tile or None,     # restore says None for whole
-                    report=tile_reporter())
+        # To restore, None is the picture whole.
+        y = restore(model, lq.to(device), task, tile or None, report=tile_reporter())
         # Section 5.1: clamped, times 255, rounded. A network's output may leave [0,1].
         return to_image(y)
 
@@ -219,39 +215,34 @@ def input_psnr(pairs):
     return means
 
 
-def score(before, after, truth):
-    """[PSNR in, out, gain, SSIM in, out, gain] of a degraded and a restored picture: "in" is the
-    degraded one, "out" the restored one, both against the truth; all (H,W,3) uint8."""
-    numbers = []
-    for metric in (psnr, ssim):
-        worse, better = metric(before, truth), metric(after, truth)
-        numbers += [worse, better, better - worse]
-    return numbers
-
-
-SCORES = ("PSNR in", "out", "gain", "SSIM in", "out", "gain")          # the columns of score's six
-
-
-def in_words(numbers):
-    """score's six as texts: decibels with two decimals, SSIM with four."""
-    return [f"{number:.2f}" for number in numbers[:3]] + [f"{number:.4f}" for number in numbers[3:]]
+def score(model, pairs, prompt, device, tile=None):
+    """[PSNR in, out, gain, SSIM in, out, gain], plain means over pairs, [(lq, gt), ...]: "in" is
+    the degraded image, "out" the restored one, both against the truth. prompt: what `restored`
+    takes as a task; or the classifier, which names one for each image."""
+    scores = []
+    for lq, gt in pairs:
+        task = prompt
+        if isinstance(prompt, TaskClassifier):
+            task, _ = classify(prompt, lq, device, damaged=True)
+        before, truth = to_image(lq), to_image(gt)                     # (H,W,3) uint8 each
+        after = restored(model, lq, task, device, tile)
+        scores.append([psnr(before, truth), psnr(after, truth),
+                       ssim(before, truth), ssim(after, truth)])
+    p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
+    return [p_in, p_out, p_out - p_in, s_in, s_out, s_out - s_in]
 
 
 def evaluate(model, pairs, device, say):
-    """Rows [task, PSNR in, out, gain, SSIM in, out, gain], and their mean as the last row.
+    """Rows [task, *score's six], and their mean as the last row.
 
     An "ep" model is told the true task, so this measures restoration alone, without the
     classifier's mistakes. say(text) is called after each task.
     """
     rows = []
     for task, examples in pairs.items():
-        scores = []
-        for lq, gt in examples:
-            scores.append(score(to_image(lq), restored(model, lq, task, device), to_image(gt)))
-        rows.append([task, *np.mean(scores, 0).tolist()])
+        rows.append([task, *score(model, examples, task, device)])
         say(f"{task}: {rows[-1][1]:.2f} -> {rows[-1][2]:.2f} dB over {len(examples)} images")
-    means = np.mean([row[1:] for row in rows], 0).tolist()
-    return [*rows, ["mean", *means]]
+    return [*rows, ["mean", *np.mean([numbers for _, *numbers in rows], 0).tolist()]]
 
 
 # ---- Which prompt: the user's word, or the classifier's ------------------------------------------
@@ -340,8 +331,7 @@ def load_classifier(path, device):
     """
     path = path or CLASSIFIER
     if not Path(path).exists():
-        raise ValueError(f"--classifier {path}: No such file; without one, name the task with "
-                         f"--task: one of {', '.join(TASKS)}")
+        raise ValueError(f"--classifier {path}: No such file; or name it, such as --task noise")
     classifier, _ = load_model(path, device=device)
     if not isinstance(classifier, TaskClassifier):
         raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
@@ -364,19 +354,17 @@ def chosen_prompt(args, model, info, device):
 
     A --task that has no effect, or no good one, is said.
     """
-    name = (args.task or "auto").strip().lower()
-    if name == "auto":
+    if args.task in (None, "", "auto"):
         asked = model.prompt == "ep" and not args.oracle
         return load_classifier(args.classifier, device) if asked else None
-    weights = parse_task(name)
+    weights = parse_task(args.task)
     if model.prompt != "ep":
         print("--task ignored: this model takes no prompt")
         return None
     # A prompt that training never used is an image like any other: what it does is not known.
-    used = [TASKS[k] for k in weights[0].nonzero()[:, 0]]
-    unknown = [task for task in used if task not in learned(info)]
+    unknown = {TASKS[k] for k in weights[0].nonzero()[:, 0]} - learned(info)
     if unknown:
-        print(f"warning: this model has not learned {', '.join(unknown)}")
+        print(f"warning: this model has not learned {', '.join(sorted(unknown))}")
     return weights
 
 
@@ -423,34 +411,28 @@ def schedule_of(args, info):
 
 # ---- The paper's 19 test sets --------------------------------------------------------------------
 
-def published_sets():
-    """{name: (group, true task, folder of the degraded images, folder of the true ones)}.
-
-    The folders are those of the published archive, its spelling "unknow" included:
-
-        original/GT/*.png                          the truth of In-Dis and Out-Dis
-        single_indis/rain/*                        In-Dis: seven folders
-        single_outbig/rain_outbig/*                Out-Dis: seven folders
-        unknow/DIV2K_valid_HR_toLR/*               the truth of four of the Unknown sets
-        unknow/LQ_LR/valid-input-noisy/*           these four
-        unknow/Toled_val/HQ/*  .../LQ/*            the fifth has a truth of its own
-
-    An Unknown set has no true task: difficult, mild and wild are NTIRE 2018's, valid-input-noisy is
-    NTIRE 2020's, and Toled_val was taken by a camera under a display.
-    """
-    sets = {}
-    for task in ORDER:
-        sets[task] = ("In-Dis", task, f"single_indis/{task}", "original/GT")
-    for task in ORDER:
-        sets[f"{task}_outbig"] = ("Out-Dis", task, f"single_outbig/{task}_outbig", "original/GT")
-    for name in ("DIV2K_valid_LR_difficult", "DIV2K_valid_LR_mild", "DIV2K_valid_LR_wild",
-                 "valid-input-noisy"):
-        sets[name] = ("Unknown", None, f"unknow/LQ_LR/{name}", "unknow/DIV2K_valid_HR_toLR")
-    sets["Toled_val"] = ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ")
-    return sets
-
-
-TESTSETS = published_sets()
+# {name: (group, true task, folder of the degraded images, folder of the true ones)}. The folders
+# are those of the published archive, its spelling "unknow" included:
+#
+#     original/GT/*.png                          the truth of In-Dis and Out-Dis
+#     single_indis/rain/*                        In-Dis: seven folders
+#     single_outbig/rain_outbig/*                Out-Dis: seven folders
+#     unknow/DIV2K_valid_HR_toLR/*               the truth of four of the Unknown sets
+#     unknow/LQ_LR/valid-input-noisy/*           these four
+#     unknow/Toled_val/HQ/*  .../LQ/*            the fifth has a truth of its own
+#
+# An Unknown set has no true task: difficult, mild and wild are NTIRE 2018's, valid-input-noisy is
+# NTIRE 2020's, and Toled_val was taken by a camera under a display.
+_UNKNOWN = ("DIV2K_valid_LR_difficult", "DIV2K_valid_LR_mild", "DIV2K_valid_LR_wild",
+            "valid-input-noisy")
+TESTSETS = {
+    **{task: ("In-Dis", task, f"single_indis/{task}", "original/GT") for task in ORDER},
+    **{f"{task}_outbig": ("Out-Dis", task, f"single_outbig/{task}_outbig", "original/GT")
+       for task in ORDER},
+    **{name: ("Unknown", None, f"unknow/LQ_LR/{name}", "unknow/DIV2K_valid_HR_toLR")
+       for name in _UNKNOWN},
+    "Toled_val": ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ"),
+}
 
 
 def match_pairs(lq_folder, gt_folder):
@@ -460,17 +442,16 @@ def match_pairs(lq_folder, gt_folder):
     it would only spoil the average."""
     lqs, gts = list_images([lq_folder]), list_images([gt_folder])
     by_stem = {gt.stem: gt for gt in gts}
-    partners = {lq: partner(lq.stem, by_stem) for lq in lqs}
-    pairs = [(lq, gt) for lq, gt in partners.items() if gt is not None]
-    if not pairs and len(lqs) == len(gts):
+    pairs = {lq: partner(lq.stem, by_stem) for lq in lqs}
+    if not any(pairs.values()) and len(lqs) == len(gts):
         return list(zip(lqs, gts))
-    if not pairs:
-        raise ValueError(f"{lq_folder}: {len(lqs)} images can't be paired with the {len(gts)} of "
-                         f"{gt_folder}, by name or by order")
-    lone, unused = len(lqs) - len(pairs), len(set(gts) - set(partners.values()))
+    lone, unused = list(pairs.values()).count(None), len(set(gts) - set(pairs.values()))
+    alone = f"{lone} of {lq_folder}, {unused} of {gt_folder}"
+    if lone == len(lqs):
+        raise ValueError(f"can't be paired, by name or by order: {alone}")
     if lone or unused:
-        progress(f"no partner, left out: {lone} of {lq_folder}, {unused} of {gt_folder}")
-    return pairs
+        progress(f"no partner, left out: {alone}")
+    return [(lq, gt) for lq, gt in pairs.items() if gt is not None]
 
 
 def partner(stem, gts):
@@ -484,44 +465,34 @@ def partner(stem, gts):
     return None
 
 
-def score_files(pairs, model, prompt, device, tile):
-    """score's six, plain means over [(LQ file, GT file), ...]. prompt: what `restored` takes as a
-    task; or the classifier, which names one for each image, whatever the set's true task is."""
-    scores = []
+def read_pairs(pairs):
+    """Reads [(LQ file, GT file), ...] one by one, as pairs (lq, gt) of one size."""
     for lq_path, gt_path in pairs:
-        before, gt = read_image(lq_path), read_image(gt_path)          # (H,W,3) uint8 each
+        lq, gt = to_tensor(read_image(lq_path)), to_tensor(read_image(gt_path))    # (1,3,H,W)
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
-        if np.abs(np.subtract(before.shape, gt.shape)).max() > 8:
+        if np.abs(np.subtract(lq.shape, gt.shape)).max() > 8:
             raise ValueError(f"{lq_path} and {gt_path} are not of one size: not a pair")
-        h, w, _ = np.minimum(before.shape, gt.shape)
-        lq, task = to_tensor(before), prompt                           # (1,3,H,W)
-        if isinstance(prompt, TaskClassifier):
-            task, _ = classify(prompt, lq, device, damaged=True)
-        after = restored(model, lq, task, device, tile)
-        scores.append(score(before[:h, :w], after[:h, :w], gt[:h, :w]))
-    return np.mean(scores, 0).tolist()
+        _, _, h, w = np.minimum(lq.shape, gt.shape)
+        yield lq[:, :, :h, :w], gt[:, :, :h, :w]
 
 
-def score_sets(root, present, model, prompt, device, tile):
-    """({name: score's six}, {name: number of images}) of the sets `present` in folder `root`; the
-    six also of the groups In-Dis, Out-Dis and Unknown: the plain mean over a group's sets.
+def score_sets(files, model, prompt, device, tile):
+    """{name: score's six} of each of the sets `files`, {name: [(LQ file, GT file), ...]}, and of
+    the groups In-Dis, Out-Dis and Unknown: the plain mean over a group's sets.
 
     prompt: the classifier; None: the true task is told, or the model needs none.
     """
-    scores, counts = {}, {}
-    start = time.monotonic()
-    for done, name in enumerate(present, 1):
-        _, task, lq_folder, gt_folder = TESTSETS[name]
-        pairs = match_pairs(root / lq_folder, root / gt_folder)
-        counts[name] = len(pairs)
-        scores[name] = score_files(pairs, model, prompt or task, device, tile)
-        progress(f"{name}: {scores[name][1]:.2f} dB over {len(pairs)} images, "
-                 f"{time_left(start, done, len(present))}")
+    scores, start = {}, time.monotonic()
+    for name, pairs in files.items():
+        _, task, *_ = TESTSETS[name]
+        scores[name] = score(model, read_pairs(pairs), prompt or task, device, tile)
+        left = time_left(start, len(scores), len(files))
+        progress(f"{name}: {scores[name][1]:.2f} dB over {len(pairs)} images, {left}")
     for group in GROUPS:
-        members = [scores[name] for name in present if TESTSETS[name][0] == group]
+        members = [scores[name] for name in files if TESTSETS[name][0] == group]
         if members:
             scores[group] = np.mean(members, 0).tolist()
-    return scores, counts
+    return scores
 
 
 def comparable_figures(args, info, counts):
@@ -543,63 +514,67 @@ def comparable_figures(args, info, counts):
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def testset_rows(scores, paper):
-    """Rows [set, *score's six] of score_sets' result; and, where the paper has figures to compare
-    with, the paper's PSNR and the difference. Out-Dis and Unknown sets have no figures of their own
-    in the paper, only their groups' averages."""
+def score_table(what, scores, paper=()):
+    """{name: score's six} as Markdown, `what` above the names; and, where the paper has figures to
+    compare with, {name: PSNR}, those and the difference. Out-Dis and Unknown sets have no figures
+    of their own in the paper, only their groups' averages."""
+    header = [what, "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
+    if paper:
+        header += ["paper", "difference"]
     rows = []
     for name, numbers in scores.items():
-        row = [f"{name} average" if name in GROUPS else name, *in_words(numbers)]
+        row = [f"{name} average" if name in GROUPS else name, *numbers[:3]]
+        row += [f"{number:.4f}" for number in numbers[3:]]             # SSIM: two decimals more
         if paper:
             row += [paper[name], f"{numbers[1] - paper[name]:+.2f}"] if name in paper else ["", ""]
         rows.append(row)
-    return rows
+    return markdown(header, rows)
 
 
 def testsets(args, model, info, device):
-    """The table over whichever of the 19 sets are in the folder; the same as JSON beside it."""
+    """The table over whichever of the 19 sets are in the folder; the same as JSON beside it. With
+    --expect 30.36 it ends in an error unless that is the In-Dis average, as promised."""
     root = Path(args.testsets)
-    report = result_path(args, f"{Path(args.checkpoint).stem}.testsets.json")
-    # Nobody knows what was done to the Unknown sets: with --oracle there is nothing to tell.
-    present = [name for name, (_, task, lq, _) in TESTSETS.items()
-               if (root / lq).is_dir() and (task or not args.oracle)]
-    missing = [name for name in TESTSETS if name not in present]
-    if not present:
-        raise ValueError(f"--testsets {root}: no such folder, or none of the published ones in "
-                         "it, such as single_indis/rain and original/GT")
+    report = result_path(args, f"{args.checkpoint.stem}.testsets.json")
+    files = {}
+    for name, (_, task, lq, gt) in TESTSETS.items():
+        # Nobody knows what was done to the Unknown sets: with --oracle there is nothing to tell.
+        if (root / lq).is_dir() and (task or not args.oracle):
+            files[name] = match_pairs(root / lq, root / gt)
+    missing = [name for name in TESTSETS if name not in files]
+    if not files:
+        raise ValueError(f"--testsets {root}: no set to score there, such as single_indis/rain")
+    # The paper's figures contain the published classifier's mistakes, and ours makes others.
     if info["published"] and model.prompt == "ep" and not (args.oracle or args.classifier):
-        raise ValueError("the paper's figures had the published classifier choose the prompts: add "
-                         "--classifier Classifier.pth, or --oracle to tell the true tasks")
-    progress(f"not there, left out: {', '.join(missing) or 'none'}")
+        raise ValueError("add --classifier Classifier.pth, or --oracle to tell the true tasks")
+    progress(f"left out: {', '.join(missing) or 'none'}")
     prompt = chosen_prompt(args, model, info, device)                  # the classifier, or None
-    told = {None: "no prompt", "ap": "adaptive prompt", "ep": "true task told (--oracle)"}
-    how = "prompts chosen by the classifier" if prompt else told[model.prompt]
     # Whole, however large: in tiles a network sees less than the whole picture, so tiles could
     # change the figures. So auto_tile has no say here; --tile N is for those who lack the memory.
-    scores, counts = score_sets(root, present, model, prompt, device, args.tile or 0)
+    scores = score_sets(files, model, prompt, device, args.tile or 0)
+    counts = {name: len(pairs) for name, pairs in files.items()}
     paper = comparable_figures(args, info, counts)
-    convention = f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, {how}"
-    header = [*SCORES, "paper", "difference"] if paper else SCORES
-    print(markdown(["set", *header], testset_rows(scores, paper)) + f"\n\n{convention}")
-    columns = {}                                                       # {column: {set: number}}
+    told = "named by the classifier" if prompt else "told"
+    convention = f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, task {told}"
+    print(score_table("set", scores, paper) + f"\n\n{convention}")
+    saved = {"checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
+             "images": counts, "paper": paper}
     for k, column in enumerate(("psnr_in", "psnr", "gain", "ssim_in", "ssim", "ssim_gain")):
-        columns[column] = {name: numbers[k] for name, numbers in scores.items()}
-    report.write_text(json.dumps({"checkpoint": str(args.checkpoint), "convention": convention,
-                                  "missing": missing, "images": counts, **columns,
-                                  "paper": paper}, indent=1))
+        saved[column] = {name: numbers[k] for name, numbers in scores.items()}
+    report.write_text(json.dumps(saved, indent=1))
     print(f"JSON: {report}")
     if args.expect is not None:
         check_expected(scores, args.expect, args.tolerance)
 
 
 def check_expected(scores, expected, tolerance):
-    """Ends the command with an error unless the In-Dis average is what was promised: the README's
-    figures can be checked by a command, --expect 30.36, that fails when they are missed."""
-    got, *_ = scores.get("In-Dis", [math.nan])
+    """Raises ValueError unless the In-Dis average is what was promised: the README's figures can be
+    checked by a command, --expect 30.36, that fails when they are missed."""
+    got = scores["In-Dis"][1] if "In-Dis" in scores else math.nan
+    promise = f"an In-Dis average of {expected:g} +- {tolerance:g} dB, got {got:.2f}"
     if not abs(got - expected) <= tolerance:                           # so that NaN fails, too
-        sys.exit(f"eval.py: expected an In-Dis average of {expected:g} "
-                 f"+- {tolerance:g} dB, got {got:.2f}")
-    print(f"In-Dis average {got:.2f} dB: as expected")
+        raise ValueError(f"expected {promise}")
+    print(f"as expected: {promise}")
 
 
 # ==================================================================================================
@@ -617,11 +592,11 @@ def load_images(args):
     if not args.images:
         return builtin_images()
     images = []
-    for path, depth in find_depths([args.images], args.depth).items():
+    for _, read, files in photo_items([args.images], args.depth):
         try:
-            if depth is not None:
-                depth = torch.from_numpy(read_depth(depth))[None, None]
-            images.append((to_tensor(read_image(path)), depth))
+            image, depth = read(*files)                                # (H,W,3), (h,w) or None
+            depth = None if depth is None else torch.from_numpy(depth)[None, None]
+            images.append((to_tensor(image), depth))
         except ValueError as error:
             progress(f"skipped {error}")
     if not images:
@@ -629,11 +604,10 @@ def load_images(args):
     return images
 
 
-def titles(info):
-    """{task: what a table calls it}. A poor figure on a task that was never trained is no fault of
-    the model's, and the reader should see which is which."""
-    known = learned(info)
-    return {task: task if task in known else f"{task} (not trained)" for task in TASKS}
+def label(row, info):
+    """What a table calls a task, or its row "mean". A poor figure on a task that was never trained
+    is no fault of the model's, and the reader should see which is which."""
+    return row if row in (*learned(info), "mean") else f"{row} (not trained)"
 
 
 def table(args, model, info, device):
@@ -646,8 +620,8 @@ def table(args, model, info, device):
     names_tasks = isinstance(model, TaskClassifier)
     strips = None if names_tasks else result_path(args, "strips.png")
     images = load_images(args)
-    for split, title in (("in", "In-Dis"), ("out", "Out-Dis (sr: ranges not published)")):
-        print(f"\n{title}, {len(images)} images, seed {args.seed}\n")
+    for split, name in (("in", "In-Dis"), ("out", "Out-Dis (sr: ranges not published)")):
+        print(f"\n{name}, {len(images)} images, seed {args.seed}\n")
         pairs = validation_pairs(images, split, args.seed)
         if names_tasks:
             if "none" in model.answers:
@@ -655,8 +629,7 @@ def table(args, model, info, device):
             print(confusion_text(*confusion(model, pairs, device)))
             continue
         rows = evaluate(model, pairs, device, progress)
-        rows = [[titles(info).get(name, name), *in_words(numbers)] for name, *numbers in rows]
-        print(markdown(["task", *SCORES], rows))
+        print(score_table("task", {label(name, info): row for name, *row in rows}))
         if split == "in":
             task_strips(strips, model, pairs, device)
     if not names_tasks:
@@ -669,9 +642,8 @@ def own_pairs(args, model, info, device):
     --task, or else what the classifier names."""
     pairs = match_pairs(Path(args.pairs[0]), Path(args.pairs[1]))
     prompt = chosen_prompt(args, model, info, device)
-    numbers = score_files(pairs, model, prompt, device, args.tile)
-    name = f"{len(pairs)} of {args.pairs[0]}"
-    print(markdown(["pairs", *SCORES], [[name, *in_words(numbers)]]))
+    numbers = score(model, read_pairs(pairs), prompt, device, args.tile)
+    print(score_table("pairs", {f"{len(pairs)} of {args.pairs[0]}": numbers}))
 
 
 def prompt_matrix(args, model, info, device):
@@ -690,7 +662,7 @@ def prompt_matrix(args, model, info, device):
     for task, examples in pairs.items():
         # mean_psnr prompts with the key: the same images under seven keys, seven prompts.
         scores = mean_psnr(model, dict.fromkeys(TASKS, examples), device)
-        rows.append((titles(info)[task], [*scores.values(), before[task]]))
+        rows.append((label(task, info), [*scores.values(), before[task]]))
     header = [*TASKS, "input"]
     print(markdown(["images \\ prompt", *header], [[task, *values] for task, values in rows]))
     title = "PSNR in dB: images of a task (row) restored with each prompt (column)"
@@ -715,8 +687,7 @@ def interpolate(args, model, info, device):
     """
     names = args.interpolate.split(",")
     if model.prompt != "ep" or len(names) != 2 or not args.input or args.steps < 2:
-        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE "
-                         "and --steps of at least 2")
+        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input, --steps > 1")
     first, second = parse_task(names[0]), parse_task(names[1])         # (1,7) each
     path = result_path(args, "interpolation.png")
     x = to_tensor(read_image(args.input))
@@ -740,51 +711,47 @@ DOUBT = 0.6
 
 
 def process_input(args, model, info, device):
-    """--input FILE or DIR: restores a picture, or all pictures of a folder, in which it goes on
-    after a bad file; then names all bad ones at the end, and the exit code is 1."""
-    jobs = results_of(args)
+    """--input FILE or DIR: restores a picture, or all pictures of a folder. What goes into a folder
+    keeps its name."""
+    source = Path(args.input)
+    if not source.exists():
+        raise ValueError(f"--input {source}: No such file or folder")
     prompt = chosen_prompt(args, model, info, device)
-    if Path(args.input).is_file():
-        print(process_file(*jobs[0], args, model, info, prompt, device))
+    if source.is_dir():
+        process_folder(source, args, model, info, prompt, device)
         return
+    target = Path(args.output or f"{source.stem}_restored.png")        # in the working folder
+    if target.is_dir() or (args.output or "").endswith(("/", "\\")):   # a folder, perhaps a new one
+        target = target / source.name
+    print(process_file(source, target, args, model, info, prompt, device))
+
+
+def process_folder(source, args, model, info, prompt, device):
+    """All pictures below a folder, to the same names below --output. Goes on after a bad file; then
+    names all bad ones at the end, and the exit code is 1."""
+    out = Path(args.output or "")
+    if not args.output or out.is_file():
+        raise ValueError("--input is a folder: name another one with --output")
+    files = list_images([source])
+    if source.resolve() in out.resolve().parents:           # its own results are not restored again
+        files = [path for path in files if out.resolve() not in path.resolve().parents]
     bad, start = [], time.monotonic()
-    for count, (path, target) in enumerate(jobs, 1):
+    for count, path in enumerate(files, 1):
+        target = out / path.relative_to(source)
+        if target.suffix.lower() not in FORMATS:                       # a.gif becomes a.gif.png
+            target = target.with_name(target.name + ".png")
         try:
             said = process_file(path, target, args, model, info, prompt, device)
-            left = time_left(start, count, len(jobs))
-            print(f"{count}/{len(jobs)} {said} | {left}", flush=True)
+            left = time_left(start, count, len(files))
+            print(f"{count}/{len(files)} {said} | {left}", flush=True)
         except (ValueError, OSError) as error:              # this file's fault: the next one
             named = str(error).startswith(str(path))        # as open_image's are
             bad.append(error if named else f"{path}: {error}")
     for error in bad:
         print(f"failed: {error}", file=sys.stderr)
-    print(f"{len(jobs) - len(bad)} of {len(jobs)} pictures restored to {args.output}")
+    print(f"{len(files) - len(bad)} of {len(files)} pictures restored to {out}")
     if bad:
         sys.exit(1)
-
-
-def results_of(args):
-    """[(picture, where its result goes), ...] of --input: a picture's in --output or, where that is
-    a folder, under its own name in it; those of a folder at the same places below --output."""
-    source = Path(args.input)
-    if not source.exists():
-        raise ValueError(f"--input {source}: No such file or folder")
-    out = Path(args.output or f"{source.stem}_restored.png")           # in the working folder
-    into_folder = out.is_dir() or (args.output or "").endswith(("/", "\\"))
-    if source.is_file() and not into_folder:
-        return [(source, out)]
-    files, top = [source], source.parent
-    if source.is_dir():
-        if not args.output or out.is_file():
-            raise ValueError("--input is a folder: name another one with --output")
-        files, top = list_images([source]), source
-    if source.resolve() in out.resolve().parents:           # its own results are not restored again
-        files = [path for path in files if out.resolve() not in path.resolve().parents]
-    jobs = []
-    for path in files:
-        ending = "" if path.suffix.lower() in FORMATS else ".png"      # a.gif becomes a.gif.png
-        jobs.append((path, out / f"{path.relative_to(top)}{ending}"))
-    return jobs
 
 
 def process_file(source, target, args, model, info, prompt, device):
@@ -807,14 +774,11 @@ def process_file(source, target, args, model, info, prompt, device):
         if isinstance(prompt, TaskClassifier):
             prompt, note = ask_classifier(prompt, x, info, device)     # a name; None: let it be
             notes.append(note)
-        if prompt is None and model.prompt == "ep":
-            y = picture
-            leave_alone(source, target, picture, original)
-        else:
-            if tile > 0:
-                notes.append(f"in tiles of {tile}")
-            y = restored(model, x, prompt, device, tile)               # (H,W,3) uint8
-            save_picture(target, y, original)
+        alone = prompt is None and model.prompt == "ep"
+        if not alone and tile > 0:
+            notes.append(f"in tiles of {tile}")
+        y = picture if alone else restored(model, x, prompt, device, tile)         # (H,W,3) uint8
+        save_picture(target, y, original, source if alone else None)
         if args.compare:
             compare_picture(comparison, picture, y)
     return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
@@ -839,18 +803,9 @@ def ask_classifier(classifier, x, info, device):
     return name, note
 
 
-def leave_alone(source, target, picture, original):
-    """The picture as it was: a copy of its file, with all that save_picture would drop; or its
-    pixels, where another format is asked for."""
-    if FORMATS.get(source.suffix.lower()) != FORMATS[target.suffix.lower()]:
-        save_picture(target, picture, original)
-        return
-    with whole_file(target) as unfinished:
-        shutil.copyfile(source, unfinished)
-
-
-def save_picture(target, picture, original):
-    """Writes an (H,W,3) uint8 picture as what the PIL image `original` was.
+def save_picture(target, picture, original, untouched=None):
+    """Writes an (H,W,3) uint8 picture as what the PIL image `original` was. untouched: the file
+    it was read from, if it is as it was: that is copied, unless another format is asked for.
 
     The network knows red, green and blue alone. So grey is restored as three equal channels and
     stored as one again; alpha passes by the network unchanged; a colour profile is copied, since it
@@ -868,7 +823,10 @@ def save_picture(target, picture, original):
     profile = None if "C" in bands else original.info.get("icc_profile")
     try:
         with whole_file(target) as unfinished:
-            out.save(unfinished, format=kind, quality=95, icc_profile=profile)
+            if untouched and FORMATS.get(untouched.suffix.lower()) == kind:
+                unfinished.write_bytes(untouched.read_bytes())
+            else:
+                out.save(unfinished, format=kind, quality=95, icc_profile=profile)
     except OSError as error:
         raise ValueError(f"{target}: not written ({error.strerror or error})") from None
 
@@ -888,8 +846,7 @@ def check_tile(tile, model):
     no pixel of it would be its own, so the tiles would never come to the end of a picture."""
     least = model.overlap // model.multiple * model.multiple + 1       # restore rounds it up
     if tile < least:
-        raise ValueError(f"--tile {tile} is too small for this model: at least {least}, or 0 for "
-                         "the picture whole")
+        raise ValueError(f"--tile {tile} is too small for this model: at least {least}; 0: whole")
 
 
 @contextlib.contextmanager
@@ -902,15 +859,12 @@ def memory_errors_explained(h, w, tile):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch's error on a GPU is a kind of RuntimeError; on a CPU it is a plain one, which only
-        # its words tell from others. MemoryError comes from Python and numpy.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        # numpy raises MemoryError; torch a RuntimeError, which only its words tell from others.
+        if "memory" not in repr(error).lower():
             raise
-        how, smaller = "whole", 512
-        if tile:
-            how, smaller = f"in tiles of {tile}", tile // 2
+        how = f"in tiles of {tile}" if tile else "whole"
         raise ValueError(f"not enough memory to restore {w} x {h} pixels {how}; "
-                         f"try it in tiles (--tile {smaller})") from None
+                         f"try it in tiles (--tile {tile // 2 or 512})") from None
 
 
 def tile_reporter():
@@ -1017,11 +971,11 @@ def strip_picture(path, header, rows, edge=192):
     sheet, _ = grid(header, [name for name, _ in rows], (step, step), (left, top))
     for i, (_, pictures) in enumerate(rows):
         for j, picture in enumerate(pictures):
-            y = max(picture.shape[0] - edge, 0) // 2
-            x = max(picture.shape[1] - edge, 0) // 2
-            cut = Image.fromarray(picture[y:y + edge, x:x + edge])
-            if max(cut.size) < edge:                 # small images are shown larger, pixel by pixel
-                cut = cut.resize((edge, edge), Image.Resampling.NEAREST)
+            h, w, _ = picture.shape
+            size = min(h, w, edge)       # that of a smaller one is shown larger, pixel by pixel
+            y, x = (h - size) // 2, (w - size) // 2
+            cut = Image.fromarray(picture[y:y + size, x:x + size])
+            cut = cut.resize((edge, edge), Image.Resampling.NEAREST)
             sheet.paste(cut, (left + j * step, top + i * step))
     sheet.save(path)
 
@@ -1051,62 +1005,29 @@ def task_strips(path, model, pairs, device):
 
 
 # ---- Curves: the loss and the learning rate of a training run ------------------------------------
-# A plotter of some fifty lines, since the repository needs torch, numpy and pillow alone.
+# A plotter of some forty lines, since the repository needs torch, numpy and pillow alone.
 
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
 _LEFT, _RIGHT = 80, 980                                      # of both panels, in pixels
-_ROUND = [float(f"{k}e{power}") for power in range(-13, 39) for k in (1, 2, 5)]    # for ticks
 
 
-def log_ticks(low, high):
-    """Round numbers for a logarithmic axis, from the last one <= low to the first one >= high.
-
-    Powers of ten; and 2 and 5 times them, where the values span less than a factor of 100.
-    log_ticks(0.03, 0.221) is [0.02, 0.05, 0.1, 0.2, 0.5].
-    """
-    numbers = _ROUND if high / low < 100 else _ROUND[::3]
-    first = bisect.bisect_right(numbers, low) - 1
-    last = max(bisect.bisect_left(numbers, high), first + 1)     # two at least: a length
-    return numbers[first:last + 1]
-
-
-def linear_ticks(high, least=0.0):
-    """Round numbers 0, step, 2 step, ... to the first one >= high. The step is the smallest round
-    number that needs at most six steps and is no less than `least`.
-
-    linear_ticks(1100) is [0, 200, 400, 600, 800, 1000, 1200].
-    """
-    tiny = 1e-6                                      # 0.0003 / 0.0001 is 2.9999999999999996
-    step = next(number for number in _ROUND if number >= least and high / number <= 6 + tiny)
-    return [k * step for k in range(math.ceil(high / step - tiny) + 1)]
-
-
-def tick_text(value):
-    """A tick's number as one reads it: "0.00005", "0.02", "250,000"; below a hundred thousandth,
-    where zeros can no longer be counted at a glance, 1e-07."""
-    if 0 < value < 1e-5:
-        return f"{value:g}"
-    return f"{value:,.5f}".rstrip("0").rstrip(".")
-
-
-def curves_panel(pen, top, bottom, curves, x_ticks, y_ticks, scale):
-    """Draws {name: [(x, y), ...]} between the pixel rows top and bottom, with a grid of the ticks;
-    the axes end at the first and last. scale: math.log10 for a logarithmic y axis, float for a
-    linear one. The names stand to the right, each in its curve's colour."""
-    low, high = scale(y_ticks[0]), scale(y_ticks[-1])
+def curves_panel(pen, top, bottom, curves, end, ticks):
+    """Draws {name: [(iteration, y), ...]} between the pixel rows top and bottom; the names stand to
+    the right, each in its curve's colour. end: the last iteration. ticks: {text: y} of the numbers
+    on the y axis, from its lower to its upper end."""
     font = ImageFont.load_default(14)
+    low, *_, high = ticks.values()
 
     def place(x, y):                                         # in pictures y grows downwards
-        return (_LEFT + (_RIGHT - _LEFT) * x / x_ticks[-1],
-                bottom + (top - bottom) * (scale(y) - low) / (high - low))
-    for y in y_ticks:
+        return np.interp(x, (0, end), (_LEFT, _RIGHT)), np.interp(y, (low, high), (bottom, top))
+    for text, y in ticks.items():
         _, row = place(0, y)
         pen.line((_LEFT, row, _RIGHT, row), "#dddddd")
-        pen.text((_LEFT - 8, row), tick_text(y), "black", font, "rm")
-    for x in x_ticks:
-        column, _ = place(x, y_ticks[0])
+        pen.text((_LEFT - 8, row), text, "black", font, "rm")
+    for x in range(0, end + 1, max(end // 5, 1)):            # there is no half iteration
+        column, _ = place(x, low)
         pen.line((column, top, column, bottom), "#dddddd")
-        pen.text((column, bottom + 13), tick_text(x), "black", font, "mm")
+        pen.text((column, bottom + 13), f"{x:,}", "black", font, "mm")
     for k, (name, points) in enumerate(curves.items()):
         colour = _COLOURS[k % len(_COLOURS)]
         pen.line([place(x, y) for x, y in points], colour, 2)
@@ -1114,21 +1035,18 @@ def curves_panel(pen, top, bottom, curves, x_ticks, y_ticks, scale):
 
 
 def read_curves(log):
-    """A log.jsonl -> ({task: [(iteration, loss), ...]}, [(iteration, learning rate), ...]).
-
-    The log counts each stage's iterations from 1; here they are counted over all stages.
-    """
+    """A log.jsonl -> ({task: [(iteration, log10 of the loss), ...]}, [(iteration, learning rate),
+    ...]). The log counts each stage's iterations from 1; here they are counted over all stages."""
     losses, rates = {}, []
-    stage, iteration, before = 1, 0, 0
+    reached = {}                                             # {stage: its last iteration so far}
     for line in Path(log).read_text().splitlines():
         entry = json.loads(line)
         if "loss" in entry:                                  # other lines are of other kinds
-            if entry["stage"] > stage:
-                before += iteration                          # as far as the last stage came
-            stage, iteration = entry["stage"], entry["iteration"]
-            rates.append((before + iteration, entry["lr"]))
+            reached[entry["stage"]] = entry["iteration"]
+            x = sum(reached.values())
+            rates.append((x, entry["lr"]))
             for task, loss in entry["loss"].items():         # 0 has no logarithm
-                losses.setdefault(task, []).append((before + iteration, max(loss, 1e-12)))
+                losses.setdefault(task, []).append((x, math.log10(max(loss, 1e-12))))
     return losses, rates
 
 
@@ -1140,15 +1058,16 @@ def curves_picture(path, title, log):
     sequential run's stages: the rate restarts, and a task more begins its curve.
     """
     losses, rates = read_curves(log)
-    values = [loss for points in losses.values() for _, loss in points]
-    iterations = linear_ticks(rates[-1][0], least=1)         # there is no half iteration
+    end = rates[-1][0]
     sheet = Image.new("RGB", (_RIGHT + 80, 570), "white")
     pen = ImageDraw.Draw(sheet)
     text = f"{title}: loss per task, and learning rate, by iteration"
     pen.text((12, 10), text, "black", ImageFont.load_default(18))
-    curves_panel(pen, 56, 376, losses, iterations, log_ticks(min(values), max(values)), math.log10)
-    rate_ticks = linear_ticks(max(rate for _, rate in rates))
-    curves_panel(pen, 426, 536, {"lr": rates}, iterations, rate_ticks, float)
+    powers = [power for points in losses.values() for _, power in points]
+    powers = range(math.floor(min(powers)), math.floor(max(powers)) + 2)
+    curves_panel(pen, 56, 376, losses, end, {f"{10.0 ** power:g}": power for power in powers})
+    highest = max(rate for _, rate in rates)
+    curves_panel(pen, 426, 536, {"lr": rates}, end, {"0": 0, f"{highest:g}": highest})
     sheet.save(path)
 
 
@@ -1186,8 +1105,7 @@ def checkpoint_file(path):
     """The file meant by CKPT, for which people also type a run's folder, or a picture's name alone.
     Raises ValueError for the latter, with the command that was meant."""
     if path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: "
-                         f"python eval.py --input {path}")
+        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: --input {path}")
     if path.is_dir():
         path = path / "last.pt"
         progress(f"a folder: takes its {path}")
@@ -1200,12 +1118,16 @@ def export(args, model, info, device):
     train.py's file holds four float32 copies (raw, EMA, Adam's two moments). Here raw and EMA are
     the same tensors, which torch.save stores once, and half precision halves them.
     """
+    path = Path(args.export)
     if info["published"]:
         raise ValueError("--export takes a checkpoint of train.py")
+    if re.fullmatch(r"(last|previous|stage\d+)\.pt", path.name.lower()):
+        raise ValueError(f"--export {path}: a run calls so what --resume needs; choose another")
+    claim(path, (".pt", ".pth"), args)
     half = model.half().state_dict()                         # whole numbers stay as they are
-    with whole_file(args.export) as unfinished:
+    with whole_file(path) as unfinished:
         torch.save({**info, "raw": half, "ema": half}, unfinished)
-    print(f"{args.export}: {Path(args.export).stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 def read_prompts(path):
@@ -1229,7 +1151,6 @@ COMMANDS = {
     "prompt_matrix": (prompt_matrix, ("images", "depth", "seed", "output")),
     "table": (table, ("images", "depth", "seed", "output")),           # in, out, gain of each task
 }
-READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
 READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
 
 
@@ -1279,11 +1200,10 @@ def arguments(argv):
     # One's own pictures.
     add("--input", metavar="PATH", help="a picture, or a folder of pictures, to restore")
     add("--output", metavar="PATH", help="where the result goes")
-    add("--task", help="auto (the classifier decides), a task, or a mixture noise:0.7,jpeg:0.3")
+    add("--task", type=str.lower, help="auto (the classifier), or a task, or noise:0.7,jpeg:0.3")
     add("--classifier", metavar="FILE", help="for auto (default: the one in assets/)")
     add("--compare", action="store_true", help="also write before/after pictures")
-    add("--tile", type=int, metavar="N", help="edge of tiles in pixels; 0: whole "
-        "(default: whole up to a megapixel, then 512; whole with --testsets)")
+    add("--tile", type=int, metavar="N", help="edge of tiles; 0: whole (default: auto_tile's)")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--max-pixels", type=int, metavar="N", help="accept larger pictures than pillow would")
     # The model itself.
@@ -1315,25 +1235,16 @@ def run(args):
     "ep" at run time: the classifier, or --task, or (in tables that know it) the true task gives the
     prompt. "ap" and None: nothing has to be given.
     """
-    if args.max_pixels:
-        Image.MAX_IMAGE_PIXELS = args.max_pixels
+    Image.MAX_IMAGE_PIXELS = args.max_pixels or Image.MAX_IMAGE_PIXELS
     args.checkpoint = checkpoint_file(Path(args.checkpoint))
-    if args.export:                                          # before anything is loaded
-        path = Path(args.export)
-        if re.fullmatch(r"(last|previous|stage\d+)\.pt", path.name.lower()):
-            raise ValueError(f"--export {path}: a run calls so what --resume needs; choose another")
-        claim(path, (".pt", ".pth"), args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(args.prompts) if args.prompts else None
     model, info = load_model(args.checkpoint, args.weights, device, prompts)
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{info['arch']}, prompt {info['prompt']}, {size:,} parameters, {args.weights} weights, "
-          f"on {device}")
-    if args.mode != "export" and isinstance(model, TaskClassifier):
-        if args.mode != "table" or args.output:
-            raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
-                             "give it as --classifier")
-    elif args.tile:
+    print(f"{info['arch']}, prompt {info['prompt']}, {size:,} {args.weights} weights, on {device}")
+    if isinstance(model, TaskClassifier) and (args.output or args.mode not in ("table", "export")):
+        raise ValueError(f"{args.checkpoint} restores nothing; give it as --classifier")
+    if args.tile:
         check_tile(args.tile, model)
     command, _ = COMMANDS[args.mode]
     command(args, model, info, device)

@@ -343,10 +343,10 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_leave_nothing(files, tm
 
 @pytest.mark.parametrize("folder", ("new/deep/", "there"))
 def test_one_picture_goes_into_a_folder_which_is_made_where_it_is_not_there(files, tmp_path, folder):
-    Image.fromarray(PIXELS).save(tmp_path / "in.gif")
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
     (tmp_path / "there").mkdir()
-    run(files / "ep.pt", "--input", tmp_path / "in.gif", "--output", f"{tmp_path}/{folder}", "--task", "noise")
-    assert Image.open(tmp_path / folder / "in.gif.png").size == (60, 41)         # named as in a folder's results
+    run(files / "ep.pt", "--input", tmp_path / "in.png", "--output", f"{tmp_path}/{folder}", "--task", "noise")
+    assert Image.open(tmp_path / folder / "in.png").size == (60, 41)
 
 
 def test_an_output_that_cannot_be_is_refused_before_any_work(files, tmp_path, monkeypatch):
@@ -640,6 +640,12 @@ def test_the_test_set_table(files, written, capsys):
     assert f"{average:.2f}" in line
 
 
+def test_a_set_whose_task_nobody_knows_is_left_out_where_the_true_task_is_told(files, tmp_path):
+    (tmp_path / "unknow" / "LQ_LR" / "valid-input-noisy").mkdir(parents=True)
+    argv = (files / "ep.pt", "--testsets", tmp_path, "--output", tmp_path / "r.json")
+    assert "no set to score" in refused(*argv, "--oracle") and "no images" in refused(*argv)
+
+
 def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     info, args = {"arch": "srresnet", "prompt": "ep", "sizes": {}, "published": False, "facts": {"periods": [[1]] * 7}}, None
     whole = dict.fromkeys(evaluation.TESTSETS, 100)
@@ -649,7 +655,7 @@ def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     assert set(figures) - set(fewer) == {"rain", "In-Dis"}
     assert "Unknown" not in evaluation.comparable_figures(args, info, {**dict.fromkeys(TASKS, 100), "Toled_val": 30})
     assert evaluation.comparable_figures(args, {**info, "sizes": {"width": 16}}, whole) == {}
-    assert "difference" not in str(evaluation.testset_rows({"rain": [30.0, 0.9, 20.0, 10.0]}, {}))
+    assert "difference" not in evaluation.score_table("set", {"rain": [20.0, 30.0, 10.0, 0.8, 0.9, 0.1]}, {})
 
 
 def test_the_published_protocol_runs_pictures_whole_and_says_so_where_memory_lacks(files, written, tmp_path, monkeypatch):
