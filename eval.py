@@ -1067,7 +1067,7 @@ def curves_picture(path, title, log):
     powers = range(math.floor(min(powers)), math.floor(max(powers)) + 2)
     curves_panel(pen, 56, 376, losses, end, {f"{10.0 ** power:g}": power for power in powers})
     highest = max(rate for _, rate in rates)
-    curves_panel(pen, 426, 536, {"lr": rates}, end, {"0": 0, f"{highest:g}": highest})
+    curves_panel(pen, 426, 536, {"lr": rates}, end, {"0": 0, f"{highest:.1e}": highest})
     sheet.save(path)
 
 
