@@ -800,8 +800,8 @@ def list_images(folders, say=_say_aside):
                 others.append(path.name)
     names = ", ".join(map(str, folders))
     if others:
-        say(f"{names}: passed over {len(others)} files that are not read as images, among them "
-            f"{', '.join(others[:5])}")
+        count = "1 file" if len(others) == 1 else f"{len(others)} files"
+        say(f"{names}: passed over {count} not read as images, such as {', '.join(others[:5])}")
     if not files:
         raise ValueError(f"{names}: no images; looked for {' '.join(SUFFIXES)}")
     return files

@@ -10,17 +10,18 @@
 The protocol (paper, Section 5.1), each point where it is computed below:
   - images are compared as 8-bit RGB: the output is clamped to [0,1], times 255, rounded (restored);
   - 4 pixels at each border are cut off, then PSNR and SSIM are taken (inside_border, psnr, ssim);
-  - a set's score is the plain mean over its images (score_set), and an average over sets is the
-    plain mean over the sets, however many images each holds (score_sets);
+  - a set's score is the plain mean over its images (score), and an average over sets is the plain
+    mean over the sets, however many images each holds (score_sets);
   - the weights are the raw ones, not their moving average (--weights raw, the default);
   - a picture runs through the network whole, not in tiles (testsets);
-  - a model with explicit prompts gets the prompt that the task classifier names (prompt_chooser).
+  - a model with explicit prompts gets the prompt that the task classifier names (chosen_prompt).
 
 Words used throughout
   lq, gt      a degraded ("low-quality") image and its ground truth: (1,3,H,W) floats in [0,1]
   picture     the same as (H,W,3) uint8, red green blue: what a file holds and what metrics compare
   pairs       {task: [(lq, gt), ...]}
   task        one of mioir.TASKS by name; or (1,7) weights, a mixture of the seven prompt images
+  prompt      in commands: such a task for all pictures, or the classifier, which names each one's
   "ep", "ap"  model.prompt: explicit prompts (need a task), adaptive prompts (need none); or None
   In-Dis      degraded as strongly as the training data; Out-Dis: more strongly than any of them;
               Unknown: by cameras and in other ways for which no task is given
@@ -32,25 +33,23 @@ Bovik, Sheikh, Simoncelli 2004 (SSIM) and BasicSR, whose conventions the publish
 import argparse
 import contextlib
 import ctypes
-import itertools
 import io
 import json
 import math
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
-from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, find_depths,
-                     gaussian_taps, list_images, open_image, read_depth, read_image, seeded,
-                     time_left, to_image, to_rgb, to_tensor, whole_file)
+from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, gaussian_taps,
+                     list_images, open_image, photo_items, read_image, seeded, time_left, to_image,
+                     to_rgb, to_tensor, whole_file)
 from mioir import ANSWERS, TASKS, TaskClassifier, load_model, parse_task, restore
 
 
@@ -68,8 +67,7 @@ def inside_border(a, b, crop):
                          f"not {a.shape} {a.dtype} and {b.shape} {b.dtype}")
     h, w = a.shape[:2]
     if min(h, w) <= 2 * crop:
-        raise ValueError(f"an image of {w} x {h} has nothing left after cutting "
-                         f"{crop} pixels off each side")
+        raise ValueError(f"{w} x {h} pixels: nothing left after cutting {crop} off each side")
     inside = np.s_[crop:h - crop, crop:w - crop]
     return a[inside].astype(np.float64), b[inside].astype(np.float64)
 
@@ -117,8 +115,7 @@ def ssim(a, b, crop=4):
     a = torch.from_numpy(a).permute(2, 0, 1)[:, None]
     b = torch.from_numpy(b).permute(2, 0, 1)[:, None]
     if min(a.shape[2:]) < 11:
-        raise ValueError("SSIM needs 11 pixels in height and width after the cut, "
-                         f"not {tuple(a.shape[2:])}")
+        raise ValueError(f"SSIM needs 11 x 11 pixels after the cut, not {tuple(a.shape[2:])}")
     mean_a = local_mean(a)                                                         # mu_a
     mean_b = local_mean(b)                                                         # mu_b
     var_a = local_mean(a * a) - mean_a ** 2              # sigma_a^2 = E[a^2] - E[a]^2
@@ -173,8 +170,7 @@ def clean_pairs(images, seed=0):
             image = Image.open(file)
         if k % 3 == 2:
             factor = 0.7 + 0.3 * torch.rand((), generator=seeded("clean", seed, k)).item()
-            smaller = round(image.width * factor), round(image.height * factor)
-            image = image.resize(smaller, Image.Resampling.LANCZOS)
+            image = ImageOps.scale(image, factor, Image.Resampling.LANCZOS)
         pairs.append((to_tensor(to_rgb(image)),) * 2)      # (1,3,H,W), twice the same
     return pairs
 
@@ -189,11 +185,10 @@ def restored(model, lq, task, device, tile=None):
     task: a name or (1,7) weights; "ep" models alone read it, others may get None.
     tile: edge of the tiles in pixels; 0: the image is run whole; None: as auto_tile says.
     """
-    if tile is None:
-        tile = auto_tile(*lq.shape[2:])                    # 0 or 512
+    tile = auto_tile(*lq.shape[2:]) if tile is None else tile
     with memory_errors_explained(*lq.shape[2:], tile):
-        y = restore(model, lq.to(device), task, tile or None,     # restore says None for whole
-                    report=tile_reporter())
+        # To restore, None is the picture whole.
+        y = restore(model, lq.to(device), task, tile or None, report=tile_reporter())
         # Section 5.1: clamped, times 255, rounded. A network's output may leave [0,1].
         return to_image(y)
 
@@ -220,27 +215,34 @@ def input_psnr(pairs):
     return means
 
 
-def evaluate(model, pairs, device, say):
-    """Rows [task, PSNR in, out, gain, SSIM in, out, gain], and their mean as the last row.
+def score(model, pairs, prompt, device, tile=None):
+    """[PSNR in, out, gain, SSIM in, out, gain], plain means over pairs, [(lq, gt), ...]: "in" is
+    the degraded image, "out" the restored one, both against the truth. prompt: what `restored`
+    takes as a task; or the classifier, which names one for each image."""
+    scores = []
+    for lq, gt in pairs:
+        task = prompt
+        if isinstance(prompt, TaskClassifier):
+            task, _ = classify(prompt, lq, device, damaged=True)
+        before, truth = to_image(lq), to_image(gt)                     # (H,W,3) uint8 each
+        after = restored(model, lq, task, device, tile)
+        scores.append([psnr(before, truth), psnr(after, truth),
+                       ssim(before, truth), ssim(after, truth)])
+    p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
+    return [p_in, p_out, p_out - p_in, s_in, s_out, s_out - s_in]
 
-    "in" is the degraded image, "out" the restored one, both against the truth. An "ep" model is
-    told the true task, so this measures restoration alone, without the classifier's mistakes.
-    say(text) is called after each task.
+
+def evaluate(model, pairs, device, say):
+    """Rows [task, *score's six], and their mean as the last row.
+
+    An "ep" model is told the true task, so this measures restoration alone, without the
+    classifier's mistakes. say(text) is called after each task.
     """
     rows = []
     for task, examples in pairs.items():
-        scores = []
-        for lq, gt in examples:
-            before = to_image(lq)
-            after = restored(model, lq, task, device)
-            truth = to_image(gt)
-            scores.append([psnr(before, truth), psnr(after, truth),
-                           ssim(before, truth), ssim(after, truth)])
-        p_in, p_out, s_in, s_out = np.mean(scores, 0).tolist()
-        rows.append([task, p_in, p_out, p_out - p_in, s_in, s_out, s_out - s_in])
-        say(f"{task}: {p_in:.2f} -> {p_out:.2f} dB over {len(examples)} images")
-    means = np.mean([row[1:] for row in rows], 0).tolist()
-    return [*rows, ["mean", *means]]
+        rows.append([task, *score(model, examples, task, device)])
+        say(f"{task}: {rows[-1][1]:.2f} -> {rows[-1][2]:.2f} dB over {len(examples)} images")
+    return [*rows, ["mean", *np.mean([numbers for _, *numbers in rows], 0).tolist()]]
 
 
 # ---- Which prompt: the user's word, or the classifier's ------------------------------------------
@@ -258,21 +260,17 @@ def classify(classifier, x, device, damaged=False):
 
     The classifier is a function of blocks: two convolutions of 3 x 3 with stride 3 turn each block
     of 9 x 9 pixels into 32 numbers, no two blocks overlap, and their mean is classified. So a large
-    picture can be read in strips of whole blocks, each mean weighted by its number of blocks: the
-    same result in little memory. (Up to 8 pixels at the right and the bottom make no whole block
-    and are not seen.)
+    picture can be read in strips of whole blocks, whose sums are added: the same result in little
+    memory. (Up to 8 pixels at the right and the bottom make no whole block and are not seen.)
     """
     h, w = x.shape[2:]
     x = F.pad(x, (0, max(9 - w, 0), 0, max(9 - h, 0)), mode="replicate")       # at least one block
+    rows = x.shape[2] // 9                                # of blocks; all are equally wide
     total = 0
-    blocks = 0                                            # rows of blocks seen; all equally wide
-    for strip in x.split(9 * 64, 2):                                           # (1,3,576,W)
-        rows = strip.shape[2] // 9
-        if rows > 0:                                      # a rest below 9 pixels makes no block
-            features = classifier.features(strip.to(device))                   # (1,32,64,W // 9)
-            total = total + rows * features.mean((2, 3))                       # (1,32)
-            blocks += rows
-    logits = classifier.head(total / blocks)[0]                                # (7,) or (8,)
+    for strip in x[:, :, :9 * rows].split(9 * 64, 2):                          # (1,3,576,W)
+        features = classifier.features(strip.to(device))                       # (1,32,64,W // 9)
+        total = total + features.mean(3).sum(2)                                # (1,32)
+    logits = classifier.head(total / rows)[0]                                  # (7,) or (8,)
     if damaged:
         logits = logits[:len(TASKS)]                      # "none" comes last
     probability = logits.softmax(0)                                            # sum 1
@@ -309,13 +307,41 @@ def load_classifier(path, device):
     """
     path = path or CLASSIFIER
     if not Path(path).exists():
-        raise ValueError(f"there is no classifier {path} to tell the task: name it with --task "
-                         f"(one of {', '.join(TASKS)}), or train one (train.py --arch classifier) "
-                         "and give --classifier FILE")
+        raise ValueError(f"--classifier {path}: No such file; or name it, such as --task noise")
     classifier, _ = load_model(path, device=device)
     if not isinstance(classifier, TaskClassifier):
         raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
     return classifier
+
+
+def learned(info):
+    """The set of tasks that a checkpoint of train.py has met; all, where a file does not say so.
+
+    Its facts list each stage's tasks, the stages to come included; "stage" counts those that are
+    over, so that order[stage] is the one in training, if any.
+    """
+    stages = info.get("facts", {}).get("order") or [TASKS]
+    return {task for stage in stages[:info.get("stage", len(stages)) + 1] for task in stage}
+
+
+def chosen_prompt(args, model, info, device):
+    """What gives each picture its prompt: the (1,7) weights of --task; or the task classifier; or
+    None, for a model that takes no prompt, and where --oracle tells the truth.
+
+    A --task that has no effect, or no good one, is said.
+    """
+    if args.task in (None, "", "auto"):
+        asked = model.prompt == "ep" and not args.oracle
+        return load_classifier(args.classifier, device) if asked else None
+    weights = parse_task(args.task)
+    if model.prompt != "ep":
+        print("--task ignored: this model takes no prompt")
+        return None
+    # A prompt that training never used is an image like any other: what it does is not known.
+    unknown = {TASKS[k] for k in weights[0].nonzero()[:, 0]} - learned(info)
+    if unknown:
+        print(f"warning: this model has not learned {', '.join(sorted(unknown))}")
+    return weights
 
 
 # ---- The paper's Tables 3 and 4 ------------------------------------------------------------------
@@ -349,13 +375,6 @@ PAPER = {
 }
 
 
-def paper_figures(arch, schedule, prompt):
-    """{name of a set or group: the paper's PSNR in dB}, as far as PAPER has it: nothing for
-    Restormer, Uformer and PromptIR."""
-    figures = zip((*ORDER, *GROUPS), PAPER.get((arch, schedule, prompt), ()))
-    return {name: figure for name, figure in figures if figure is not None}
-
-
 def schedule_of(args, info):
     """"M" or "S": from the stages of a checkpoint of train.py (more than one is sequential), or
     from a published file's name, as SRResNet_S_EP.pth; None if that says nothing. A published file
@@ -368,200 +387,164 @@ def schedule_of(args, info):
 
 # ---- The paper's 19 test sets --------------------------------------------------------------------
 
-def published_sets():
-    """{name: (group, true task, folder of the degraded images, folder of the true ones)}.
-
-    The folders are those of the published archive, its spelling "unknow" included:
-
-        original/GT/*.png                          the truth of In-Dis and Out-Dis
-        single_indis/rain/*                        In-Dis: seven folders
-        single_outbig/rain_outbig/*                Out-Dis: seven folders
-        unknow/DIV2K_valid_HR_toLR/*               the truth of four of the Unknown sets
-        unknow/LQ_LR/valid-input-noisy/*           these four
-        unknow/Toled_val/HQ/*  .../LQ/*            the fifth has a truth of its own
-
-    An Unknown set has no true task: difficult, mild and wild are NTIRE 2018's, valid-input-noisy is
-    NTIRE 2020's, and Toled_val was taken by a camera under a display.
-    """
-    sets = {}
-    for task in ORDER:
-        sets[task] = ("In-Dis", task, f"single_indis/{task}", "original/GT")
-    for task in ORDER:
-        sets[f"{task}_outbig"] = ("Out-Dis", task, f"single_outbig/{task}_outbig", "original/GT")
-    for name in ("DIV2K_valid_LR_difficult", "DIV2K_valid_LR_mild", "DIV2K_valid_LR_wild",
-                 "valid-input-noisy"):
-        sets[name] = ("Unknown", None, f"unknow/LQ_LR/{name}", "unknow/DIV2K_valid_HR_toLR")
-    sets["Toled_val"] = ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ")
-    return sets
-
-
-TESTSETS = published_sets()
+# {name: (group, true task, folder of the degraded images, folder of the true ones)}. The folders
+# are those of the published archive, its spelling "unknow" included:
+#
+#     original/GT/*.png                          the truth of In-Dis and Out-Dis
+#     single_indis/rain/*                        In-Dis: seven folders
+#     single_outbig/rain_outbig/*                Out-Dis: seven folders
+#     unknow/DIV2K_valid_HR_toLR/*               the truth of four of the Unknown sets
+#     unknow/LQ_LR/valid-input-noisy/*           these four
+#     unknow/Toled_val/HQ/*  .../LQ/*            the fifth has a truth of its own
+#
+# An Unknown set has no true task: difficult, mild and wild are NTIRE 2018's, valid-input-noisy is
+# NTIRE 2020's, and Toled_val was taken by a camera under a display.
+_UNKNOWN = ("DIV2K_valid_LR_difficult", "DIV2K_valid_LR_mild", "DIV2K_valid_LR_wild",
+            "valid-input-noisy")
+TESTSETS = {
+    **{task: ("In-Dis", task, f"single_indis/{task}", "original/GT") for task in ORDER},
+    **{f"{task}_outbig": ("Out-Dis", task, f"single_outbig/{task}_outbig", "original/GT")
+       for task in ORDER},
+    **{name: ("Unknown", None, f"unknow/LQ_LR/{name}", "unknow/DIV2K_valid_HR_toLR")
+       for name in _UNKNOWN},
+    "Toled_val": ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ"),
+}
 
 
 def match_pairs(lq_folder, gt_folder):
-    """[(LQ file, GT file), ...] of two folders. By stem, if that gives every LQ file a partner;
-    else in sorted order, if there are as many of one as of the other; else ValueError: a wrong
-    pair would not stop the run, it would only spoil the average."""
-    lqs = list_images([lq_folder])
-    gts = list_images([gt_folder])
-    partners = [partner(lq.stem, gts) for lq in lqs]
-    if None not in partners:
-        return list(zip(lqs, partners))
-    if len(lqs) == len(gts):
+    """[(LQ file, GT file), ...] of two folders: by name where names fit (see partner), and what is
+    left over on either side is counted and said. Where no name fits at all, in sorted order, if
+    there are as many of one as of the other; else ValueError: a wrong pair would not stop the run,
+    it would only spoil the average."""
+    lqs, gts = list_images([lq_folder]), list_images([gt_folder])
+    by_stem = {gt.stem: gt for gt in gts}
+    pairs = {lq: partner(lq.stem, by_stem) for lq in lqs}
+    if not any(pairs.values()) and len(lqs) == len(gts):
         return list(zip(lqs, gts))
-    raise ValueError(f"{lq_folder}: {len(lqs)} images can't be paired with the {len(gts)} of "
-                     f"{gt_folder}, by name or by order")
+    lone, unused = list(pairs.values()).count(None), len(set(gts) - set(pairs.values()))
+    alone = f"{lone} of {lq_folder}, {unused} of {gt_folder}"
+    if lone == len(lqs):
+        raise ValueError(f"can't be paired, by name or by order: {alone}")
+    if lone or unused:
+        progress(f"no partner, left out: {alone}")
+    return [(lq, gt) for lq, gt in pairs.items() if gt is not None]
 
 
 def partner(stem, gts):
-    """The GT file with the longest stem that an LQ's stem begins with, or None.
+    """The GT file with the longest stem that an LQ's stem begins with, or None. gts: {stem: file}.
 
     LQ stems may go on after it ("0801_rain", "0801x4m"), but not with a digit: "10" is not of "1".
     """
-    found = None
-    for gt in sorted(gts, key=lambda path: len(path.stem)):            # so the longest comes last
-        rest = stem[len(gt.stem):]
-        if stem.startswith(gt.stem) and not rest[:1].isdigit():
-            found = gt
-    return found
+    for end in range(len(stem), 0, -1):                                # the longest first
+        if stem[:end] in gts and not stem[end:end + 1].isdigit():
+            return gts[stem[:end]]
+    return None
 
 
-def score_set(pairs, model, task, classifier, device, tile):
-    """[PSNR, SSIM, the input's PSNR, gain], plain means over [(LQ file, GT file), ...].
-
-    With a classifier each image gets the prompt it names, whatever the set's true task is.
-    """
-    scores = []
+def read_pairs(pairs):
+    """Reads [(LQ file, GT file), ...] one by one, as pairs (lq, gt) of one size."""
     for lq_path, gt_path in pairs:
-        lq = to_tensor(read_image(lq_path))                            # (1,3,H,W)
-        gt = read_image(gt_path)                                       # (H,W,3) uint8
-        if classifier is not None:
-            task, _ = classify(classifier, lq, device, damaged=True)
-        y = restored(model, lq, task, device, tile)
+        lq, gt = to_tensor(read_image(lq_path)), to_tensor(read_image(gt_path))    # (1,3,H,W)
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
-        if max(abs(gt.shape[0] - y.shape[0]), abs(gt.shape[1] - y.shape[1])) > 8:
+        if np.abs(np.subtract(lq.shape, gt.shape)).max() > 8:
             raise ValueError(f"{lq_path} and {gt_path} are not of one size: not a pair")
-        h = min(gt.shape[0], y.shape[0])
-        w = min(gt.shape[1], y.shape[1])
-        before, y, gt = to_image(lq)[:h, :w], y[:h, :w], gt[:h, :w]    # (h,w,3) uint8 each
-        db, db_in = psnr(y, gt), psnr(before, gt)
-        scores.append([db, ssim(y, gt), db_in, db - db_in])
-    return np.mean(scores, 0).tolist()
+        _, _, h, w = np.minimum(lq.shape, gt.shape)
+        yield lq[:, :, :h, :w], gt[:, :, :h, :w]
 
 
-def score_sets(root, present, model, classifier, device, tile):
-    """({name: score_set's four}, {name: number of images}) of the sets `present` in folder `root`;
-    the four also of the groups In-Dis, Out-Dis and Unknown: the plain mean over a group's sets.
+def score_sets(files, model, prompt, device, tile):
+    """{name: score's six} of each of the sets `files`, {name: [(LQ file, GT file), ...]}, and of
+    the groups In-Dis, Out-Dis and Unknown: the plain mean over a group's sets.
 
-    classifier None: the true task is told, which Unknown sets do not have, so that an "ep" model
-    cannot be scored on them.
+    prompt: the classifier; None: the true task is told, or the model needs none.
     """
-    scores, counts = {}, {}
-    start = time.monotonic()
-    for done, name in enumerate(present, 1):
-        _, task, lq_folder, gt_folder = TESTSETS[name]
-        if task is None and model.prompt == "ep" and classifier is None:
-            raise ValueError(f"{name}: nobody knows this set's degradation; "
-                             "leave --oracle out, so that the classifier chooses the prompt")
-        pairs = match_pairs(root / lq_folder, root / gt_folder)
-        counts[name] = len(pairs)
-        scores[name] = score_set(pairs, model, task, classifier, device, tile)
-        progress(f"{name}: {scores[name][0]:.2f} dB over {len(pairs)} images, "
-                 f"{time_left(start, done, len(present))}")
+    scores, start = {}, time.monotonic()
+    for name, pairs in files.items():
+        _, task, *_ = TESTSETS[name]
+        scores[name] = score(model, read_pairs(pairs), prompt or task, device, tile)
+        left = time_left(start, len(scores), len(files))
+        progress(f"{name}: {scores[name][1]:.2f} dB over {len(pairs)} images, {left}")
     for group in GROUPS:
-        members = [scores[name] for name in present if TESTSETS[name][0] == group]
+        members = [scores[name] for name in files if TESTSETS[name][0] == group]
         if members:
             scores[group] = np.mean(members, 0).tolist()
-    return scores, counts
-
-
-def prompt_chooser(args, model, info, device):
-    """(classifier or None, in words how the prompt is chosen) for the test sets.
-
-    Raises ValueError for a published "ep" model without a published classifier: the paper's
-    figures contain that classifier's mistakes, and ours makes others.
-    """
-    if model.prompt is None:
-        return None, "no prompt"
-    if model.prompt == "ap":
-        return None, "adaptive prompt"
-    if args.oracle:
-        return None, "true task told (--oracle)"
-    if info["published"] and not args.classifier:
-        raise ValueError("the paper's figures had the published classifier choose the prompts: add "
-                         "--classifier Classifier.pth, or --oracle to tell the true tasks")
-    return load_classifier(args.classifier, device), "prompts chosen by the classifier"
+    return scores
 
 
 def comparable_figures(args, info, counts):
-    """paper_figures, as far as they may stand beside ours: for a model of the paper's size, and for
-    sets and groups that are here as published. A difference from other images, or of another
-    network, looks like a result and is none.
+    """{name of a set or group: the paper's PSNR in dB}, as far as PAPER has it and it may stand
+    beside ours: for a model of the paper's size, and for sets and groups that are here as
+    published. A difference from other images, or of another network, looks like a result and is
+    none.
 
     A set of In-Dis or Out-Dis has 100 images; of the Unknown ones we only know that they are five.
     counts: {set: number of images here}.
     """
-    incomplete = set()
-    for name, (group, *_) in TESTSETS.items():
-        if name not in counts or group != "Unknown" and counts[name] != 100:
-            incomplete |= {name, group}                                # and so is the group's mean
-    figures = paper_figures(info["arch"], schedule_of(args, info), info["prompt"])
     if info["sizes"]:                  # what differs from the paper's network: a smaller one
         return {}
-    return {name: figure for name, figure in figures.items() if name not in incomplete}
+    row = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), ())
+    figures = dict(zip((*ORDER, *GROUPS), row))
+    for name, (group, *_) in TESTSETS.items():
+        if name not in counts or group != "Unknown" and counts[name] != 100:
+            figures[name] = figures[group] = None                      # so is the group's mean
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def testset_rows(scores, paper):
-    """Rows [set, PSNR in, out, gain, SSIM] of score_sets' result; and, where the paper has figures
-    to compare with, the paper's PSNR and the difference. Out-Dis and Unknown sets have no figures
+def score_table(what, scores, paper=()):
+    """{name: score's six} as Markdown, `what` above the names; and, where the paper has figures to
+    compare with, {name: PSNR}, those and the difference. Out-Dis and Unknown sets have no figures
     of their own in the paper, only their groups' averages."""
+    header = [what, "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
+    if paper:
+        header += ["paper", "difference"]
     rows = []
-    for name, (db, similarity, db_in, gain) in scores.items():
-        title = f"{name} average" if name in GROUPS else name
-        row = [title, db_in, db, gain, f"{similarity:.4f}"]
+    for name, numbers in scores.items():
+        row = [f"{name} average" if name in GROUPS else name, *numbers[:3]]
+        row += [f"{number:.4f}" for number in numbers[3:]]             # SSIM: two decimals more
         if paper:
-            row += [paper[name], f"{db - paper[name]:+.2f}"] if name in paper else ["", ""]
+            row += [paper[name], f"{numbers[1] - paper[name]:+.2f}"] if name in paper else ["", ""]
         rows.append(row)
-    return rows
+    return markdown(header, rows)
 
 
 def testsets(args, model, info, device):
-    """The table over whichever of the 19 sets are in the folder; the same as JSON beside it."""
+    """The table over whichever of the 19 sets are in the folder; the same as JSON beside it. With
+    --expect 30.36 it ends in an error unless that is the In-Dis average, within --tolerance: so a
+    figure that somebody promised can be checked by a command."""
     root = Path(args.testsets)
-    report = result_path(args, f"{Path(args.checkpoint).stem}.testsets.json")
-    present = [name for name, (_, _, lq, _) in TESTSETS.items() if (root / lq).is_dir()]
-    missing = [name for name in TESTSETS if name not in present]
-    if not present:
-        raise ValueError(f"--testsets {root}: no such folder, or none of the published ones in "
-                         "it, such as single_indis/rain and original/GT")
-    print(f"not there, left out: {', '.join(missing) or 'none'}", file=sys.stderr)
-    classifier, told = prompt_chooser(args, model, info, device)
+    report = result_path(args, f"{args.checkpoint.stem}.testsets.json")
+    files = {}
+    for name, (_, task, lq, gt) in TESTSETS.items():
+        # Nobody knows what was done to the Unknown sets: with --oracle there is nothing to tell.
+        if (root / lq).is_dir() and (task or model.prompt != "ep" or not args.oracle):
+            files[name] = match_pairs(root / lq, root / gt)
+    missing = [name for name in TESTSETS if name not in files]
+    if not files:
+        raise ValueError(f"--testsets {root}: no set to score there, such as single_indis/rain")
+    # The paper's figures contain the published classifier's mistakes, and ours makes others.
+    if info["published"] and model.prompt == "ep" and not (args.oracle or args.classifier):
+        raise ValueError("add --classifier Classifier.pth, or --oracle to tell the true tasks")
+    progress(f"left out: {', '.join(missing) or 'none'}")
+    prompt = chosen_prompt(args, model, info, device)                  # the classifier, or None
     # Whole, however large: in tiles a network sees less than the whole picture, so tiles could
     # change the figures. So auto_tile has no say here; --tile N is for those who lack the memory.
-    scores, counts = score_sets(root, present, model, classifier, device, args.tile or 0)
+    scores = score_sets(files, model, prompt, device, args.tile or 0)
+    counts = {name: len(pairs) for name, pairs in files.items()}
     paper = comparable_figures(args, info, counts)
-    convention = f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, {told}"
-    header = ["set", "PSNR in", "out", "gain", "SSIM", *(["paper", "difference"] if paper else [])]
-    print(markdown(header, testset_rows(scores, paper)) + f"\n\n{convention}")
-    columns = {}                                                       # {column: {set: number}}
-    for k, column in enumerate(("psnr", "ssim", "psnr_in", "gain")):
-        columns[column] = {name: score[k] for name, score in scores.items()}
-    report.write_text(json.dumps({"checkpoint": str(args.checkpoint), "convention": convention,
-                                  "missing": missing, "images": counts, **columns,
-                                  "paper": paper}, indent=1))
+    told = "named by the classifier" if prompt else "told"
+    convention = (f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, "
+                  f"prompt {model.prompt}, task {told}")
+    print(score_table("set", scores, paper) + f"\n\n{convention}")
+    saved = {"checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
+             "images": counts, "paper": paper}
+    for k, column in enumerate(("psnr_in", "psnr", "gain", "ssim_in", "ssim", "ssim_gain")):
+        saved[column] = {name: numbers[k] for name, numbers in scores.items()}
+    report.write_text(json.dumps(saved, indent=1))
     print(f"JSON: {report}")
     if args.expect is not None:
-        check_expected(scores, args.expect, args.tolerance)
-
-
-def check_expected(scores, expected, tolerance):
-    """Ends the command with an error unless the In-Dis average is what was promised: the README's
-    figures can be checked by a command, --expect 30.36, that fails when they are missed."""
-    got, *_ = scores.get("In-Dis", [math.nan])
-    if not abs(got - expected) <= tolerance:                           # so that NaN fails, too
-        sys.exit(f"eval.py: expected an In-Dis average of {expected:g} "
-                 f"+- {tolerance:g} dB, got {got:.2f}")
-    print(f"In-Dis average {got:.2f} dB: as expected")
+        got = scores["In-Dis"][1] if "In-Dis" in scores else math.nan
+        if not abs(got - args.expect) <= args.tolerance:               # so that NaN fails, too
+            raise ValueError(f"expected an In-Dis average of {args.expect:g} dB, got {got:.2f}")
 
 
 # ==================================================================================================
@@ -579,72 +562,58 @@ def load_images(args):
     if not args.images:
         return builtin_images()
     images = []
-    for path, depth_path in find_depths([args.images], args.depth).items():
+    for _, read, files in photo_items([args.images], args.depth):
         try:
-            depth = None
-            if depth_path is not None:
-                depth = torch.from_numpy(read_depth(depth_path))[None, None]
-            images.append((to_tensor(read_image(path)), depth))
+            image, depth = read(*files)                                # (H,W,3), (h,w) or None
+            depth = None if depth is None else torch.from_numpy(depth)[None, None]
+            images.append((to_tensor(image), depth))
         except ValueError as error:
-            print(f"skipped {error}", file=sys.stderr)
+            progress(f"skipped {error}")
     if not images:
         raise ValueError(f"{args.images}: no readable image")
     return images
 
 
-def learned(info):
-    """The set of tasks that a checkpoint of train.py has met; all, where a file does not say so.
-
-    Its facts list each stage's tasks, the stages to come included; "stage" counts those that are
-    over, so that order[stage] is the one in training, if any.
-    """
-    stages = info.get("facts", {}).get("order") or [TASKS]
-    return {task for stage in stages[:info.get("stage", len(stages)) + 1] for task in stage}
-
-
-def titles(info):
-    """{task: what a table calls it}. A poor figure on a task that was never trained is no fault of
-    the model's, and the reader should see which is which."""
-    known = learned(info)
-    return {task: task if task in known else f"{task} (not trained)" for task in TASKS}
+def label(row, info):
+    """What a table calls a task, or its row "mean". A poor figure on a task that was never trained
+    is no fault of the model's, and the reader should see which is which."""
+    return row if row in (*learned(info), "mean") else f"{row} (not trained)"
 
 
 def table(args, model, info, device):
-    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture. Tasks
-    that the model has not learned are marked; they are in the mean all the same.
+    """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and a strip picture; of a
+    task classifier how often it names each task, and knows clean pictures. Tasks that the model has
+    not learned are marked; they are in the mean all the same.
 
     Not to be compared with the paper's table: other images, and other draws from the same ranges.
     """
-    strips = result_path(args, "strips.png")
+    names_tasks = isinstance(model, TaskClassifier)
+    strips = None if names_tasks else result_path(args, "strips.png")
     images = load_images(args)
-    header = ["task", "PSNR in", "out", "gain", "SSIM in", "out", "gain"]
-    for split, title, note in (("in", "In-Dis", ""),
-                               ("out", "Out-Dis", " (sr: ranges not published)")):
+    for split, name in (("in", "In-Dis"), ("out", "Out-Dis (sr: ranges not published)")):
+        print(f"\n{name}, {len(images)} images, seed {args.seed}\n")
         pairs = validation_pairs(images, split, args.seed)
-        rows = []
-        for name, *db, s_in, s_out, s_gain in evaluate(model, pairs, device, progress):
-            name = titles(info).get(name, name)                        # the last is "mean"
-            rows.append([name, *db, f"{s_in:.4f}", f"{s_out:.4f}", f"{s_gain:+.4f}"])
-        print(f"\n{title}, {len(images)} images, seed {args.seed}{note}\n")
-        print(markdown(header, rows))
+        if names_tasks:
+            if "none" in model.answers:
+                pairs["none"] = clean_pairs(images, args.seed)
+            print(confusion_text(*confusion(model, pairs, device)))
+            continue
+        rows = evaluate(model, pairs, device, progress)
+        print(score_table("task", {label(name, info): row for name, *row in rows}))
         if split == "in":
             task_strips(strips, model, pairs, device)
-    print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, "
-          f"true task told. Picture: {strips}")
+    if not names_tasks:
+        print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, "
+              f"true task told. Picture: {strips}")
 
 
-def own_pairs(args, model, device):
-    """PSNR in, out, gain and SSIM over --pairs LQ GT, matched as the test sets' pictures are. An
-    "ep" model is told --task, or else what the classifier names."""
+def own_pairs(args, model, info, device):
+    """score's six over --pairs LQ GT, matched as the test sets' pictures are. An "ep" model is told
+    --task, or else what the classifier names."""
     pairs = match_pairs(Path(args.pairs[0]), Path(args.pairs[1]))
-    task, classifier = None, None
-    if args.task not in (None, "auto"):
-        task = parse_task(args.task)
-    elif model.prompt == "ep":
-        classifier = load_classifier(args.classifier, device)
-    db, similarity, db_in, gain = score_set(pairs, model, task, classifier, device, args.tile)
-    print(markdown(["pairs", "PSNR in", "out", "gain", "SSIM"],
-                   [[f"{len(pairs)} of {args.pairs[0]}", db_in, db, gain, f"{similarity:.4f}"]]))
+    prompt = chosen_prompt(args, model, info, device)
+    numbers = score(model, read_pairs(pairs), prompt, device, args.tile)
+    print(score_table("pairs", {f"{len(pairs)} of {args.pairs[0]}": numbers}))
 
 
 def prompt_matrix(args, model, info, device):
@@ -663,12 +632,12 @@ def prompt_matrix(args, model, info, device):
     for task, examples in pairs.items():
         # mean_psnr prompts with the key: the same images under seven keys, seven prompts.
         scores = mean_psnr(model, dict.fromkeys(TASKS, examples), device)
-        rows.append((titles(info)[task], [*scores.values(), before[task]]))
+        rows.append((label(task, info), [*scores.values(), before[task]]))
     header = [*TASKS, "input"]
     print(markdown(["images \\ prompt", *header], [[task, *values] for task, values in rows]))
+    title = "PSNR in dB: images of a task (row) restored with each prompt (column)"
     diagonal = {(i, i) for i in range(len(TASKS))}
-    matrix_picture(path, "PSNR in dB: images of a task (row) restored with each prompt (column)",
-                   header, rows, diagonal, reference="last")
+    matrix_picture(path, title, header, rows, diagonal, reference="last")
     print(f"\nPSNR in dB, {len(images)} images, seed {args.seed}, {args.weights} weights. "
           f"Picture: {path}")
 
@@ -681,35 +650,19 @@ def confusion_text(accuracy, matrix):
     return f"{text}\n\naccuracy {np.mean(list(accuracy.values())):.1f} % on held-out images"
 
 
-def classifier_table(args, classifier, device):
-    """How often a task classifier names the task of degraded images, and knows clean ones."""
-    if args.mode != "table" or args.output:
-        raise ValueError(f"{args.checkpoint} is a task classifier, which restores nothing; "
-                         "give it as --classifier")
-    images = load_images(args)
-    for split, title in (("in", "In-Dis"), ("out", "Out-Dis")):
-        pairs = validation_pairs(images, split, args.seed)
-        if "none" in classifier.answers:
-            pairs["none"] = clean_pairs(images, args.seed)
-        print(f"\n{title}, {len(images)} images, seed {args.seed}\n")
-        print(confusion_text(*confusion(classifier, pairs, device)))
-
-
-def interpolate(args, model, device):
+def interpolate(args, model, info, device):
     """A strip from one task's prompt to another's: --interpolate noise,jpeg --steps 5.
 
     One input, restored with (1 - s) P_noise + s P_jpeg for s = 0, 1/4, 2/4, 3/4, 1.
     """
     names = args.interpolate.split(",")
     if model.prompt != "ep" or len(names) != 2 or not args.input or args.steps < 2:
-        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input FILE "
-                         "and --steps of at least 2")
+        raise ValueError("--interpolate A,B needs an 'ep' model, two tasks, --input, --steps > 1")
     first, second = parse_task(names[0]), parse_task(names[1])         # (1,7) each
     path = result_path(args, "interpolation.png")
     x = to_tensor(read_image(args.input))
     header, pictures = ["input"], [to_image(x)]
-    for k in range(args.steps):
-        share = k / (args.steps - 1)                                   # from 0 to 1
+    for share in np.linspace(0, 1, args.steps).tolist():
         mixture = (1 - share) * first + share * second
         header.append(f"{names[0]} {1 - share:.2f} {names[1]} {share:.2f}")
         pictures.append(restored(model, x, mixture, device, args.tile))
@@ -728,46 +681,37 @@ DOUBT = 0.6
 
 
 def process_input(args, model, info, device):
-    """--input FILE or DIR: restores a picture, or all pictures of a folder. An "ep" model without
-    --task asks the classifier about each picture."""
+    """--input FILE or DIR: restores a picture, or all pictures of a folder. What goes into a folder
+    keeps its name."""
     source = Path(args.input)
     if not source.exists():
         raise ValueError(f"--input {source}: No such file or folder")
-    classifier = None
-    args.task = (args.task or "auto").strip().lower()
-    if args.task != "auto":
-        parse_task(args.task)                               # complain before any work is done
-        if args.classifier:
-            raise ValueError("--classifier is for --task auto; leave one of them out")
-    elif model.prompt == "ep":
-        classifier = load_classifier(args.classifier, device)
+    prompt = chosen_prompt(args, model, info, device)
     if source.is_dir():
-        process_folder(source, args, model, info, classifier, device)
+        process_folder(source, args, model, info, prompt, device)
         return
     target = Path(args.output or f"{source.stem}_restored.png")        # in the working folder
-    if target.is_dir():
+    if target.is_dir() or (args.output or "").endswith(("/", "\\")):   # a folder, perhaps a new one
         target = target / source.name
-    check_ending(target, FORMATS)
-    print(process_file(source, target, args, model, info, classifier, device))
+    print(process_file(source, target, args, model, info, prompt, device))
 
 
-def process_folder(source, args, model, info, classifier, device):
+def process_folder(source, args, model, info, prompt, device):
     """All pictures below a folder, to the same names below --output. Goes on after a bad file; then
     names all bad ones at the end, and the exit code is 1."""
-    if not args.output or Path(args.output).is_file():
+    out = Path(args.output or "")
+    if not args.output or out.is_file():
         raise ValueError("--input is a folder: name another one with --output")
     files = list_images([source])
-    out = Path(args.output).resolve()
-    if source.resolve() in out.parents:                     # its own results are not restored again
-        files = [path for path in files if out not in path.resolve().parents]
-    bad = []
-    start = time.monotonic()
+    if source.resolve() in out.resolve().parents:           # its own results are not restored again
+        files = [path for path in files if out.resolve() not in path.resolve().parents]
+    bad, start = [], time.monotonic()
     for count, path in enumerate(files, 1):
-        target = Path(args.output) / path.relative_to(source)
+        target = out / path.relative_to(source)
         if target.suffix.lower() not in FORMATS:                       # a.gif becomes a.gif.png
             target = target.with_name(target.name + ".png")
         try:
-            said = process_file(path, target, args, model, info, classifier, device)
+            said = process_file(path, target, args, model, info, prompt, device)
             left = time_left(start, count, len(files))
             print(f"{count}/{len(files)} {said} | {left}", flush=True)
         except (ValueError, OSError) as error:              # this file's fault: the next one
@@ -775,12 +719,12 @@ def process_folder(source, args, model, info, classifier, device):
             bad.append(error if named else f"{path}: {error}")
     for error in bad:
         print(f"failed: {error}", file=sys.stderr)
-    print(f"{len(files) - len(bad)} of {len(files)} pictures restored to {args.output}")
+    print(f"{len(files) - len(bad)} of {len(files)} pictures restored to {out}")
     if bad:
         sys.exit(1)
 
 
-def process_file(source, target, args, model, info, classifier, device):
+def process_file(source, target, args, model, info, prompt, device):
     """One file to one file of the same size; returns what is worth saying about it, in a line.
 
     Whatever takes memory that grows with the picture stands inside the guard, so that one picture
@@ -789,7 +733,7 @@ def process_file(source, target, args, model, info, classifier, device):
     # Both names are asked for before minutes of work, not after.
     comparison = target.with_name(target.stem + "_compare.png")
     for path in (target, comparison) if args.compare else (target,):
-        check_free(path, args)
+        claim(path, FORMATS, args)
     # open_image turns the picture upright, takes the first of several frames, and notes it.
     original, notes = open_image(source)
     w, h = original.size
@@ -797,26 +741,21 @@ def process_file(source, target, args, model, info, classifier, device):
     with memory_errors_explained(h, w, tile):
         picture = to_rgb(original)                                     # (H,W,3) uint8
         x = to_tensor(picture)                                         # (1,3,H,W)
-        name, alone = args.task, False
-        if classifier is not None:
-            name, alone, note = ask_classifier(classifier, x, device)
+        if isinstance(prompt, TaskClassifier):
+            prompt, note = ask_classifier(prompt, x, info, device)     # a name; None: let it be
             notes.append(note)
-        if alone:
-            leave_alone(source, target, picture, original)
-        else:
-            task, more = choose_prompt(name, model, info)              # (1,7) or None
-            notes += more
-            if tile > 0:
-                notes.append(f"in tiles of {tile}")
-            y = restored(model, x, task, device, tile)                 # (H,W,3) uint8
-            save_picture(target, y, original)
-            if args.compare:
-                compare_picture(comparison, picture, y)
+        alone = prompt is None and model.prompt == "ep"
+        if not alone and tile > 0:
+            notes.append(f"in tiles of {tile}")
+        y = picture if alone else restored(model, x, prompt, device, tile)         # (H,W,3) uint8
+        save_picture(target, y, original, source if alone else None)
+        if args.compare:
+            compare_picture(comparison, picture, y)
     return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
 
 
-def ask_classifier(classifier, x, device):
-    """(task, whether the picture is better left as it is, what to say about both).
+def ask_classifier(classifier, x, info, device):
+    """(task, or None where the picture is better left as it is; what to say about it).
 
     A picture that is fine must stay so. A classifier that can answer "none" is believed when it
     does, and where it is in doubt nothing is touched either: a picture left as it was can be
@@ -826,36 +765,17 @@ def ask_classifier(classifier, x, device):
     note = f"task {name}, {100 * sure:.0f} % sure"
     if "none" in classifier.answers and (name == "none" or sure < DOUBT):
         found = "nothing found" if name == "none" else f"{note}, too little"
-        return name, True, f"{found}: left as it is; --task NAME forces one"
+        return None, f"{found}: left as it is; --task NAME forces one"
     if sure < DOUBT:
         note += " - low: look at it, or name the task with --task"
-    return name, False, note
+    if name not in learned(info):
+        note += "; warning: this model has not learned it"
+    return name, note
 
 
-def choose_prompt(name, model, info):
-    """((1,7) weights or None, [what to say about them]) for the name of a task or a mixture, or
-    "auto" for a model that takes no prompt. What has no effect, or no good one, is said."""
-    if model.prompt != "ep":
-        return None, [] if name == "auto" else ["--task ignored: this model takes no prompt"]
-    task = parse_task(name)                                            # (1,7)
-    # A prompt that training never used is an image like any other: what it does is not known.
-    strange = [TASKS[k] for k in task[0].nonzero()[:, 0] if TASKS[k] not in learned(info)]
-    return task, [f"warning: this model has not learned {', '.join(strange)}"] if strange else []
-
-
-def leave_alone(source, target, picture, original):
-    """The picture as it was: a copy of its file, with all that save_picture would drop; or its
-    pixels, where another format is asked for."""
-    if FORMATS.get(source.suffix.lower()) != FORMATS[target.suffix.lower()]:
-        save_picture(target, picture, original)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as unfinished:
-        shutil.copyfile(source, unfinished)
-
-
-def save_picture(target, picture, original):
-    """Writes an (H,W,3) uint8 picture as what the PIL image `original` was.
+def save_picture(target, picture, original, untouched=None):
+    """Writes an (H,W,3) uint8 picture as what the PIL image `original` was. untouched: the file
+    it was read from, if it is as it was: that is copied, unless another format is asked for.
 
     The network knows red, green and blue alone. So grey is restored as three equal channels and
     stored as one again; alpha passes by the network unchanged; a colour profile is copied, since it
@@ -869,15 +789,14 @@ def save_picture(target, picture, original):
         out = out.convert("L")
     if "A" in bands and kind not in ("JPEG", "BMP"):                   # those two hold no alpha
         out.putalpha(original.getchannel("A"))
-    options = {}
-    if original.info.get("icc_profile") and "C" not in bands:          # CMYK's profile fits no RGB
-        options["icc_profile"] = original.info["icc_profile"]
-    if kind in ("JPEG", "WEBP"):
-        options["quality"] = 95
+    # CMYK's profile fits no RGB. (None: no profile; quality is for JPEG and WebP to read.)
+    profile = None if "C" in bands else original.info.get("icc_profile")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as unfinished:
-            out.save(unfinished, format=kind, **options)
+            if untouched and FORMATS.get(untouched.suffix.lower()) == kind:
+                unfinished.write_bytes(untouched.read_bytes())
+            else:
+                out.save(unfinished, format=kind, quality=95, icc_profile=profile)
     except OSError as error:
         raise ValueError(f"{target}: not written ({error.strerror or error})") from None
 
@@ -892,13 +811,12 @@ def auto_tile(h, w):
     return 512 if h * w > 2 ** 20 else 0
 
 
-def check_tile(args, model):
+def check_tile(tile, model):
     """Raises ValueError before any work for a --tile no larger than what neighbouring tiles share:
     no pixel of it would be its own, so the tiles would never come to the end of a picture."""
     least = model.overlap // model.multiple * model.multiple + 1       # restore rounds it up
-    if args.tile and args.tile < least:
-        raise ValueError(f"--tile {args.tile} is too small for this model: at least {least}, or 0 "
-                         "for the picture whole")
+    if tile < least:
+        raise ValueError(f"--tile {tile} is too small for this model: at least {least}; 0: whole")
 
 
 @contextlib.contextmanager
@@ -911,15 +829,12 @@ def memory_errors_explained(h, w, tile):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch's error on a GPU is a kind of RuntimeError; on a CPU it is a plain one, which only
-        # its words tell from others. MemoryError comes from Python and numpy.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        # numpy raises MemoryError; torch a RuntimeError, which only its words tell from others.
+        if "memory" not in repr(error).lower():
             raise
-        how, smaller = "whole", 512
-        if tile:
-            how, smaller = f"in tiles of {tile}", tile // 2
+        how = f"in tiles of {tile}" if tile else "whole"
         raise ValueError(f"not enough memory to restore {w} x {h} pixels {how}; "
-                         f"try it in tiles (--tile {smaller})") from None
+                         f"try it in tiles (--tile {tile // 2 or 512})") from None
 
 
 def tile_reporter():
@@ -975,6 +890,23 @@ def gain_colour(gain, reach):
     return tuple(int(255 + (channel - 255) * strength) for channel in full)
 
 
+def grid(columns, rows, cell, corner, title=""):
+    """A white sheet for a table of pictures or colours, with the names of its columns above and of
+    its rows to the left. cell, corner: (width, height) in pixels of a cell, and of what lies left
+    of and above the first one. Returns (sheet, pen)."""
+    (w, h), (left, top) = cell, corner
+    size = (left + w * len(columns) + 16, top + h * len(rows) + 16)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((12, 10), title, "black", ImageFont.load_default(18))
+    font = ImageFont.load_default(15)
+    for j, name in enumerate(columns):
+        pen.text((left + (j + 0.5) * w, top - 14), name, "black", font, "mm")    # middle, middle
+    for i, name in enumerate(rows):
+        pen.text((left - 10, top + (i + 0.5) * h), name, "black", font, "rm")    # right, middle
+    return sheet, pen
+
+
 def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     """Draws a table of numbers: each cell green by its gain on its reference, red by its loss.
 
@@ -982,26 +914,19 @@ def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     row, same column, as stages are with the input; "last": the last column, same row, as prompts
     are with the input. outlined: {(row, column), ...} to frame, such as the tasks of a stage.
     """
-    cell_w, cell_h, left, top = 78, 34, 190, 66
-    font = ImageFont.load_default(15)
-    size = (left + cell_w * len(columns) + 16, top + cell_h * len(rows) + 16)
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
-    pen.text((12, 10), title, "black", ImageFont.load_default(18))
-    for j, column in enumerate(columns):
-        pen.text((left + (j + 0.5) * cell_w, top - 14), column, "black", font, anchor="mm")
+    left, top, w, h = 190, 66, 78, 34
+    sheet, pen = grid(columns, [name for name, _ in rows], (w, h), (left, top), title)
     numbers = np.array([values for _, values in rows])
     gains = numbers - (numbers[:1] if reference == "first" else numbers[:, -1:])
     reach = max(np.abs(gains).max(), 1e-6)
-    for i, (name, values) in enumerate(rows):
-        pen.text((left - 10, top + (i + 0.5) * cell_h), name, "black", font, anchor="rm")
-        for j, value in enumerate(values):
-            x, y = left + j * cell_w, top + i * cell_h
-            frame = "black" if (i, j) in outlined else None
-            pen.rectangle((x + 1, y + 1, x + cell_w - 2, y + cell_h - 2),
-                          gain_colour(gains[i, j], reach), frame, 2)
-            pen.text((x + cell_w / 2, y + cell_h / 2), f"{value:.2f}", "black", font, anchor="mm")
-    picture.save(path)
+    for (i, j), number in np.ndenumerate(numbers):
+        x, y = left + j * w, top + i * h
+        frame = "black" if (i, j) in outlined else None
+        box = (x + 1, y + 1, x + w - 2, y + h - 2)
+        pen.rectangle(box, gain_colour(gains[i, j], reach), frame, 2)
+        middle = (x + w / 2, y + h / 2)
+        pen.text(middle, f"{number:.2f}", "black", ImageFont.load_default(15), "mm")
+    sheet.save(path)
 
 
 def strip_picture(path, header, rows, edge=192):
@@ -1012,19 +937,15 @@ def strip_picture(path, header, rows, edge=192):
         blur    [      ]   [      ]   [      ]     a row: its name, then its pictures
         noise   [      ]   [      ]   [      ]
     """
-    left, top, step, font = 76, 30, edge + 6, ImageFont.load_default(16)
-    sheet = Image.new("RGB", (left + step * len(header), top + step * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for j, text in enumerate(header):
-        pen.text((left + j * step + edge / 2, top / 2), text, "black", font, anchor="mm")
-    for i, (name, pictures) in enumerate(rows):
-        pen.text((left - 10, top + i * step + edge / 2), name, "black", font, anchor="rm")
+    left, top, step = 76, 30, edge + 6
+    sheet, _ = grid(header, [name for name, _ in rows], (step, step), (left, top))
+    for i, (_, pictures) in enumerate(rows):
         for j, picture in enumerate(pictures):
-            y = max(picture.shape[0] - edge, 0) // 2
-            x = max(picture.shape[1] - edge, 0) // 2
-            cut = Image.fromarray(picture[y:y + edge, x:x + edge])
-            if max(cut.size) < edge:                 # small images are shown larger, pixel by pixel
-                cut = cut.resize((edge, edge), Image.Resampling.NEAREST)
+            h, w, _ = picture.shape
+            size = min(h, w, edge)       # that of a smaller one is shown larger, pixel by pixel
+            y, x = (h - size) // 2, (w - size) // 2
+            cut = Image.fromarray(picture[y:y + size, x:x + size])
+            cut = cut.resize((edge, edge), Image.Resampling.NEAREST)
             sheet.paste(cut, (left + j * step, top + i * step))
     sheet.save(path)
 
@@ -1054,115 +975,48 @@ def task_strips(path, model, pairs, device):
 
 
 # ---- Curves: the loss and the learning rate of a training run ------------------------------------
-# A plotter of some fifty lines, since the repository needs torch, numpy and pillow alone.
+# A plotter of some forty lines, since the repository needs torch, numpy and pillow alone.
 
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
 _LEFT, _RIGHT = 80, 980                                      # of both panels, in pixels
 
 
-def log_ticks(low, high):
-    """Round numbers for a logarithmic axis, from the last one <= low to the first one >= high.
-
-    Round are the powers of ten; and 2 and 5 times them, where the values span less than a factor of
-    100. log_ticks(0.03, 0.221) is [0.02, 0.05, 0.1, 0.2, 0.5].
-    """
-    factors = (1, 2, 5) if high / low < 100 else (1,)
-    ticks = []
-    for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2):
-        for factor in factors:
-            tick = float(f"{factor}e{power}")                # exact, where 5 * 10.0 ** -5 is not
-            if tick <= low:
-                ticks = [tick]                               # a later one may come nearer
-            elif ticks[-1] < high or len(ticks) < 2:         # two at least: an axis has a length
-                ticks.append(tick)
-    return ticks
-
-
-def linear_ticks(high, least=0.0):
-    """Round numbers 0, step, 2 step, ... to the first one >= high. The step is 1, 2 or 5 times a
-    power of ten, the smallest that needs at most six steps and is no less than `least`.
-
-    linear_ticks(1100) is [0, 200, 400, 600, 800, 1000, 1200].
-    """
-    power = math.floor(math.log10(high)) - 1                 # high is 10 to 100 times 10 ** power
-    for factor in ("1", "2", "5", "10", "20"):               # 20 always does: 100 / 20 is 5
-        step = float(f"{factor}e{power}")
-        count = math.ceil(high / step - 1e-6)                # 0.0003 / 0.0001 is 2.9999999999999996
-        if count <= 6 and step >= least:
-            return [k * step for k in range(count + 1)]
-
-
-def tick_text(value):
-    """A tick's number as one reads it: 0.00005 -> "0.00005", 250000 -> "250,000", 0.02 -> "0.02".
-    "g" alone would write the first as 5e-05 and a million as 1e+06; it may, below a hundred
-    thousandth, where zeros can no longer be counted at a glance."""
-    if 1e-5 <= value < 1e-3:
-        return f"{value:.5f}".rstrip("0")
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:g}"
-
-
-def draw_axes(pen, place, x_ticks, y_ticks):
-    """A frame from the first ticks to the last, their numbers below it and to its left, and a grey
-    line at each y tick. place(x, y): a point's pixels, as curves_panel makes them."""
+def curves_panel(pen, top, bottom, curves, end, ticks):
+    """Draws {name: [(iteration, y), ...]} between the pixel rows top and bottom; the names stand to
+    the right, each in its curve's colour. end: the last iteration. ticks: {text: y} of the numbers
+    on the y axis, from its lower to its upper end."""
     font = ImageFont.load_default(14)
-    corners = [place(x_ticks[0], y_ticks[-1]), place(x_ticks[-1], y_ticks[0])]
-    for y in y_ticks:
-        _, row = place(0, y)
-        pen.line((_LEFT, row, _RIGHT, row), "#dddddd")
-        pen.text((_LEFT - 8, row), tick_text(y), "black", font, "rm")
-    for x in x_ticks:
-        column, row = place(x, y_ticks[0])
-        pen.line((column, row, column, row + 4), "black")
-        pen.text((column, row + 13), tick_text(x), "black", font, "mm")
-    pen.rectangle(corners, None, "black")
-
-
-def draw_curves(pen, place, curves, lowest):
-    """{name: [(x, y), ...]}: each curve in its colour, its name to the right at the height of its
-    end. Names are set from the bottom up, the first no lower than pixel `lowest`, each at least 16
-    pixels above the last, so that curves that end together have their names one above another."""
-    ends = []
-    for (name, points), colour in zip(curves.items(), itertools.cycle(_COLOURS)):
-        if points:                                           # a task may not be in training yet
-            pixels = [place(x, y) for x, y in points]
-            pen.line(pixels, colour, 2)
-            ends.append((pixels[-1][1], name, colour))
-    for y, name, colour in sorted(ends, reverse=True):       # the largest y is the lowest
-        lowest = min(y, lowest)
-        pen.text((_RIGHT + 8, lowest), name, colour, ImageFont.load_default(14), "lm")
-        lowest -= 16
-
-
-def curves_panel(pen, top, bottom, curves, x_ticks, y_ticks, scale):
-    """One pair of axes with curves. scale: math.log10 for a logarithmic y axis, float for a linear
-    one. The axes end at the first and last ticks."""
-    low, high = scale(y_ticks[0]), scale(y_ticks[-1])
+    low, *_, high = ticks.values()
 
     def place(x, y):                                         # in pictures y grows downwards
-        return (_LEFT + (_RIGHT - _LEFT) * x / x_ticks[-1],
-                top + (bottom - top) * (high - scale(y)) / (high - low))
-    draw_axes(pen, place, x_ticks, y_ticks)
-    draw_curves(pen, place, curves, bottom)
+        return np.interp(x, (0, end), (_LEFT, _RIGHT)), np.interp(y, (low, high), (bottom, top))
+    for text, y in ticks.items():
+        _, row = place(0, y)
+        pen.line((_LEFT, row, _RIGHT, row), "#dddddd")
+        pen.text((_LEFT - 8, row), text, "black", font, "rm")
+    for x in range(0, end + 1, max(end // 5, 1)):            # there is no half iteration
+        column, _ = place(x, low)
+        pen.line((column, top, column, bottom), "#dddddd")
+        pen.text((column, bottom + 13), f"{x:,}", "black", font, "mm")
+    for k, (name, points) in enumerate(curves.items()):
+        colour = _COLOURS[k % len(_COLOURS)]
+        pen.line([place(x, y) for x, y in points], colour, 2)
+        pen.text((_RIGHT + 8, top + 16 * k), name, colour, font)
 
 
 def read_curves(log):
-    """A log.jsonl -> ({task: [(iteration, loss), ...]}, [(iteration, learning rate), ...]).
-
-    The log counts each stage's iterations from 1; here they are counted over all stages.
-    """
-    losses, rates = {name: [] for name in ANSWERS}, []
-    stage, iteration, before = 1, 0, 0
+    """A log.jsonl -> ({task: [(iteration, log10 of the loss), ...]}, [(iteration, learning rate),
+    ...]). The log counts each stage's iterations from 1; here they are counted over all stages."""
+    losses, rates = {}, []
+    reached = {}                                             # {stage: its last iteration so far}
     for line in Path(log).read_text().splitlines():
         entry = json.loads(line)
         if "loss" in entry:                                  # other lines are of other kinds
-            if entry["stage"] > stage:
-                before += iteration                          # as far as the last stage came
-            stage, iteration = entry["stage"], entry["iteration"]
-            rates.append((before + iteration, entry["lr"]))
-            for task, loss in entry["loss"].items():
-                losses[task].append((before + iteration, max(loss, 1e-12)))   # 0 has no logarithm
+            reached[entry["stage"]] = entry["iteration"]
+            x = sum(reached.values())
+            rates.append((x, entry["lr"]))
+            for task, loss in entry["loss"].items():         # 0 has no logarithm
+                losses.setdefault(task, []).append((x, math.log10(max(loss, 1e-12))))
     return losses, rates
 
 
@@ -1174,91 +1028,76 @@ def curves_picture(path, title, log):
     sequential run's stages: the rate restarts, and a task more begins its curve.
     """
     losses, rates = read_curves(log)
-    values = [loss for points in losses.values() for _, loss in points]
-    iterations = linear_ticks(rates[-1][0], least=1)         # there is no half iteration
-    picture = Image.new("RGB", (_RIGHT + 80, 570), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.text((12, 10), f"{title}: loss per task, and learning rate, by iteration", "black",
-             ImageFont.load_default(18))
-    curves_panel(pen, 56, 376, losses, iterations, log_ticks(min(values), max(values)), math.log10)
-    rate_ticks = linear_ticks(max(rate for _, rate in rates))
-    curves_panel(pen, 426, 536, {"lr": rates}, iterations, rate_ticks, float)
-    picture.save(path)
+    end = rates[-1][0]
+    sheet = Image.new("RGB", (_RIGHT + 80, 570), "white")
+    pen = ImageDraw.Draw(sheet)
+    text = f"{title}: loss per task, and learning rate, by iteration"
+    pen.text((12, 10), text, "black", ImageFont.load_default(18))
+    powers = [power for points in losses.values() for _, power in points]
+    powers = range(math.floor(min(powers)), math.floor(max(powers)) + 2)
+    curves_panel(pen, 56, 376, losses, end, {f"{10.0 ** power:g}": power for power in powers})
+    highest = max(rate for _, rate in rates)
+    curves_panel(pen, 426, 536, {"lr": rates}, end, {"0": 0, f"{highest:.1e}": highest})
+    sheet.save(path)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 # What cannot be read or written is said in one line that names the file, before any work is done
 # where that can be known.
 
-def check_free(path, args):
-    """Raises ValueError where a file would be overwritten. Whatever a command writes for its user
-    is asked for here before the work begins: nothing is overwritten without --overwrite."""
+def claim(path, endings, args):
+    """Asked of every file that a command writes for its user, before the work begins: makes its
+    folder. Raises ValueError for an ending of another kind, and where a file would be overwritten:
+    none is without --overwrite."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{path}: the ending must be one of {' '.join(endings)}")
     if path.exists() and not args.overwrite:
         raise ValueError(f"{path} exists; choose another name or add --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: not written ({error.strerror})") from None
 
 
 def result_path(args, name):
     """--output, or `name` beside the checkpoint; for the shipped one, in the working folder, so
     that assets/ stays as it is. Where an earlier result lies, strips.png becomes strips-2.png."""
-    folder = Path() if args.checkpoint == MODEL else Path(args.checkpoint).parent
-    path = Path(args.output or folder / name)
-    check_ending(path, [".json"] if name.endswith(".json") else FORMATS)
-    number = 2                                               # the first was without a number
-    while not args.output and path.exists() and not args.overwrite:
+    folder = Path() if args.checkpoint == MODEL else args.checkpoint.parent
+    path, number = Path(args.output or folder / name), 2     # the first was without a number
+    while path.exists() and not args.output and not args.overwrite:
         path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
         number += 1
-    check_free(path, args)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    claim(path, [".json"] if name.endswith(".json") else FORMATS, args)
     return path
-
-
-def check_ending(path, kinds):
-    """Raises ValueError before any work is done, where the result could not be written."""
-    if path.suffix.lower() not in kinds:
-        raise ValueError(f"--output {path}: the ending must be one of {' '.join(kinds)}")
 
 
 def checkpoint_file(path):
     """The file meant by CKPT, for which people also type a run's folder, or a picture's name alone.
     Raises ValueError for the latter, with the command that was meant."""
     if path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: "
-                         f"python eval.py --input {path}")
+        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: --input {path}")
     if path.is_dir():
         path = path / "last.pt"
         progress(f"a folder: takes its {path}")
     return path
 
 
-def check_export(args):
-    """Raises ValueError before anything is written, and makes the folder. A run's own last.pt holds
-    what --resume needs: nothing may replace it, --overwrite or not."""
-    path = Path(args.export)
-    try:
-        needed = "optimizer" in torch.load(path, "cpu", weights_only=True, mmap=True)
-    except Exception:              # not there, or torn or foreign: no training goes on from it
-        needed = False
-    if needed:
-        raise ValueError(f"--export {path} is a run's checkpoint, which --resume needs; "
-                         "choose another name")
-    check_free(path, args)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def export(path, model, info):
+def export(args, model, info, device):
     """The weights alone, in half precision: a seventh of train.py's file; loads as that does.
 
     train.py's file holds four float32 copies (raw, EMA, Adam's two moments). Here raw and EMA are
     the same tensors, which torch.save stores once, and half precision halves them.
     """
+    path = Path(args.export)
     if info["published"]:
         raise ValueError("--export takes a checkpoint of train.py")
-    half = {}
-    for name, tensor in model.state_dict().items():
-        half[name] = tensor.half() if tensor.is_floating_point() else tensor
+    if re.fullmatch(r"(last|previous|stage\d+)\.pt", path.name.lower()):
+        raise ValueError(f"--export {path}: a run calls so what --resume needs; choose another")
+    claim(path, (".pt", ".pth"), args)
+    half = model.half().state_dict()                         # whole numbers stay as they are
     with whole_file(path) as unfinished:
         torch.save({**info, "raw": half, "ema": half}, unfinished)
-    print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 def read_prompts(path):
@@ -1273,14 +1112,14 @@ def read_prompts(path):
 
 # What a command does is the first of these that is given, with none of them the table; and what
 # other flags that reads. Any other flag would be passed over in silence: it is refused.
-READS = {
-    "export": (),                                                      # weights to a small file
-    "interpolate": ("input", "steps", "tile", "output"),               # one picture, many prompts
-    "input": ("task", "classifier", "compare", "tile", "output"),      # one's own pictures
-    "testsets": ("oracle", "expect", "tolerance", "classifier", "tile", "output"),
-    "pairs": ("task", "classifier", "tile"),                           # one's own, LQ and GT
-    "prompt_matrix": ("images", "depth", "seed", "output"),            # every prompt on every task
-    "table": ("images", "depth", "seed", "output"),                    # in, out, gain of each task
+COMMANDS = {
+    "export": (export, ()),                                            # weights to a small file
+    "interpolate": (interpolate, ("input", "steps", "tile", "output")),
+    "input": (process_input, ("task", "classifier", "compare", "tile", "output")),
+    "testsets": (testsets, ("oracle", "expect", "tolerance", "classifier", "tile", "output")),
+    "pairs": (own_pairs, ("task", "classifier", "tile")),              # one's own, LQ and GT
+    "prompt_matrix": (prompt_matrix, ("images", "depth", "seed", "output")),
+    "table": (table, ("images", "depth", "seed", "output")),           # in, out, gain of each task
 }
 READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
 
@@ -1290,22 +1129,23 @@ def check_flags(parser, argv, args):
 
     Who adds --expect 30 and forgets --testsets would believe a check that never ran.
     """
-    args.mode = next(mode for mode in READS if mode == "table" or getattr(args, mode))
+    args.mode = next(mode for mode in COMMANDS if mode == "table" or getattr(args, mode))
+    read = (args.mode, *COMMANDS[args.mode][1], *READ_BY_ALL)
     # argparse sets no default where something is: what is still None was not given.
     # (A comparison with the defaults would not tell --seed 0 from no --seed.)
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     for name, value in vars(given).items():
-        if value not in (None, "") and name not in (args.mode, *READS[args.mode], *READ_BY_ALL):
-            readers = [f"--{mode}" for mode, flags in READS.items() if name in flags]
+        if value not in (None, "") and name not in read:
+            readers = [f"--{mode}" for mode, (_, flags) in COMMANDS.items() if name in flags]
             hint = f": it goes with {' or '.join(readers)}" if readers else ""
-            parser.error(f"--{name} is of no use for --{args.mode}{hint}".replace("_", "-")
-                         .replace("--table", "the table"))
+            text = f"--{name} is of no use for --{args.mode}{hint}".replace("_", "-")
+            parser.error(text.replace("--table", "the table"))
         if name in ("images", "depth", "testsets") and value and Path(value).is_file():
             parser.error(f"--{name} {value} is a file; give the folder it is in")
     if args.depth and not args.images:
         parser.error("--depth goes with --images: it is the folder of their depth maps")
-    if args.oracle and args.classifier:
-        parser.error("--oracle tells the true task: --classifier has no say; leave one out")
+    if args.classifier and (args.oracle or args.task not in (None, "", "auto")):
+        parser.error("--classifier is for --task auto; leave it out with --oracle or another task")
 
 
 def arguments(argv):
@@ -1330,11 +1170,10 @@ def arguments(argv):
     # One's own pictures.
     add("--input", metavar="PATH", help="a picture, or a folder of pictures, to restore")
     add("--output", metavar="PATH", help="where the result goes")
-    add("--task", help="auto (the classifier decides), a task, or a mixture noise:0.7,jpeg:0.3")
+    add("--task", type=str.lower, help="auto (the classifier), or a task, or noise:0.7,jpeg:0.3")
     add("--classifier", metavar="FILE", help="for auto (default: the one in assets/)")
     add("--compare", action="store_true", help="also write before/after pictures")
-    add("--tile", type=int, metavar="N", help="edge of tiles in pixels; 0: whole "
-        "(default: whole up to a megapixel, then 512; whole with --testsets)")
+    add("--tile", type=int, metavar="N", help="edge of tiles; 0: whole (default: auto_tile's)")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--max-pixels", type=int, metavar="N", help="accept larger pictures than pillow would")
     # The model itself.
@@ -1342,8 +1181,6 @@ def arguments(argv):
     add("--export", metavar="FILE", help="write these weights alone, in half precision")
     add("--prompts", metavar="NPY", help="type7.npy, for a published 'ep' checkpoint")
     args = parser.parse_args(argv)
-    if args.tile is not None and args.tile < 0:
-        parser.error(f"--tile must be positive, or 0 for the picture whole, not {args.tile}")
     check_flags(parser, argv, args)
     return args
 
@@ -1368,45 +1205,25 @@ def run(args):
     "ep" at run time: the classifier, or --task, or (in tables that know it) the true task gives the
     prompt. "ap" and None: nothing has to be given.
     """
-    if args.max_pixels:
-        Image.MAX_IMAGE_PIXELS = args.max_pixels
+    Image.MAX_IMAGE_PIXELS = args.max_pixels or Image.MAX_IMAGE_PIXELS
     args.checkpoint = checkpoint_file(Path(args.checkpoint))
-    if args.export:
-        check_export(args)                                   # before anything is loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(args.prompts) if args.prompts else None
     model, info = load_model(args.checkpoint, args.weights, device, prompts)
-    if args.export:
-        return export(args.export, model, info)
-    if isinstance(model, TaskClassifier):
-        return classifier_table(args, model, device)
-    name = info["arch"]
-    if info["prompt"]:
-        name += f"-{info['prompt'].upper()}"
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{name}, {size:,} parameters, {args.weights} weights, on {device}")
-    check_tile(args, model)
-    if args.interpolate:
-        interpolate(args, model, device)
-    elif args.input:
-        process_input(args, model, info, device)
-    elif args.testsets:
-        testsets(args, model, info, device)
-    elif args.pairs:
-        own_pairs(args, model, device)
-    elif args.prompt_matrix:
-        prompt_matrix(args, model, info, device)
-    else:
-        table(args, model, info, device)
+    print(f"{info['arch']}, prompt {info['prompt']}, {size:,} {args.weights} weights, on {device}")
+    if isinstance(model, TaskClassifier) and (args.output or args.mode not in ("table", "export")):
+        raise ValueError(f"{args.checkpoint} restores nothing; give it as --classifier")
+    if args.tile:
+        check_tile(args.tile, model)
+    command, _ = COMMANDS[args.mode]
+    command(args, model, info, device)
 
 
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit; a traceback
     means a fault in this program."""
     tune_cpu()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):       # a name that this terminal can't show: as \xe9
-            stream.reconfigure(errors="backslashreplace")
     try:
         run(arguments(argv))
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Metrics equal to the published ones, and the real command."""
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -164,24 +165,14 @@ def test_the_matrix_picture_paints_gains_green_and_losses_red(tmp_path):
     assert better[1] > better[0] + 30 and worse[0] > worse[1] + 30
 
 
-@pytest.mark.parametrize("low, high", [(0.03, 0.221), (0.044, 0.295), (0.1, 0.1), (0.2, 0.5), (5, 20), (1e-4, 0.9), (1e-12, 3)])
-def test_ticks_of_a_logarithmic_axis_are_round_and_span_the_values(low, high):
-    ticks = evaluation.log_ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and len(ticks) >= 2 and ticks == sorted(set(ticks))
-    first_digits = {f"{tick:e}".split("e")[0] for tick in ticks}       # all others are zeros
-    assert first_digits <= {"1.000000", "2.000000", "5.000000"}
-    assert high / low < 100 or first_digits == {"1.000000"}
-
-
-def test_ticks_leave_no_round_number_out():
-    assert evaluation.log_ticks(0.03, 0.221) == [0.02, 0.05, 0.1, 0.2, 0.5]
-    assert evaluation.log_ticks(0.0012, 3) == [0.001, 0.01, 0.1, 1, 10]
-    assert evaluation.linear_ticks(1100) == [0, 200, 400, 600, 800, 1000, 1200]
-    assert evaluation.linear_ticks(2e-4) == pytest.approx([0, 5e-5, 1e-4, 1.5e-4, 2e-4])
-    assert evaluation.linear_ticks(1_000_000) == [0, 200_000, 400_000, 600_000, 800_000, 1_000_000]
-    assert evaluation.linear_ticks(2, least=1) == [0, 1, 2]            # there is no half iteration
-
-
-@pytest.mark.parametrize("value, text", [(0, "0"), (5e-5, "0.00005"), (0.02, "0.02"), (1.0, "1"), (250_000, "250,000"), (1e-7, "1e-07")])
-def test_tick_texts_read_as_numbers(value, text):
-    assert evaluation.tick_text(value) == text
+def test_curves_count_iterations_over_all_stages_and_have_their_colours(tmp_path):
+    lines = [{"stage": 1, "iteration": 20, "lr": 2e-4, "loss": {"rain": 0.1}}, {"stage": 1, "psnr": {}},
+             {"stage": 1, "iteration": 30, "lr": 1e-4, "loss": {"rain": 0.01}},
+             {"stage": 2, "iteration": 20, "lr": 2e-4, "loss": {"rain": 0.01, "jpeg": 0.0}}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    losses, rates = evaluation.read_curves(tmp_path / "log.jsonl")
+    assert losses == {"rain": [(20, -1), (30, -2), (50, -2)], "jpeg": [(50, -12)]}
+    assert rates == [(20, 2e-4), (30, 1e-4), (50, 2e-4)]
+    evaluation.curves_picture(tmp_path / "c.png", "title", tmp_path / "log.jsonl")
+    colours = {"#%02x%02x%02x" % colour for _, colour in Image.open(tmp_path / "c.png").getcolors(10 ** 6)}
+    assert set(evaluation._COLOURS[:2]) <= colours

@@ -341,6 +341,22 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_leave_nothing(files, tm
     assert {p.name for p in tmp_path.iterdir()} == {"in.png", "file"}
 
 
+@pytest.mark.parametrize("folder", ("new/deep/", "there"))
+def test_one_picture_goes_into_a_folder_which_is_made_where_it_is_not_there(files, tmp_path, folder):
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    (tmp_path / "there").mkdir()
+    run(files / "ep.pt", "--input", tmp_path / "in.png", "--output", f"{tmp_path}/{folder}", "--task", "noise")
+    assert Image.open(tmp_path / folder / "in.png").size == (60, 41)
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "restored", lambda *more: pytest.fail("asked too late"))
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    (tmp_path / "file").write_text("in the way")
+    for output in ("file/out.png", "file/deeper/out.png", "file/"):
+        assert "not written" in refused(files / "ep.pt", "--input", tmp_path / "in.png", "--output", f"{tmp_path}/{output}", "--task", "sr")
+
+
 # Do no harm -------------------------------------------------------------------------------------------
 
 def answering(folder, name, sure=True, none=True):
@@ -624,6 +640,12 @@ def test_the_test_set_table(files, written, capsys):
     assert f"{average:.2f}" in line
 
 
+def test_a_set_whose_task_nobody_knows_is_left_out_where_the_true_task_is_told(files, tmp_path):
+    (tmp_path / "unknow" / "LQ_LR" / "valid-input-noisy").mkdir(parents=True)
+    argv = (files / "ep.pt", "--testsets", tmp_path, "--output", tmp_path / "r.json")
+    assert "no set to score" in refused(*argv, "--oracle") and "no images" in refused(*argv)
+
+
 def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     info, args = {"arch": "srresnet", "prompt": "ep", "sizes": {}, "published": False, "facts": {"periods": [[1]] * 7}}, None
     whole = dict.fromkeys(evaluation.TESTSETS, 100)
@@ -633,7 +655,7 @@ def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     assert set(figures) - set(fewer) == {"rain", "In-Dis"}
     assert "Unknown" not in evaluation.comparable_figures(args, info, {**dict.fromkeys(TASKS, 100), "Toled_val": 30})
     assert evaluation.comparable_figures(args, {**info, "sizes": {"width": 16}}, whole) == {}
-    assert "difference" not in str(evaluation.testset_rows({"rain": [30.0, 0.9, 20.0, 10.0]}, {}))
+    assert "difference" not in evaluation.score_table("set", {"rain": [20.0, 30.0, 10.0, 0.8, 0.9, 0.1]}, {})
 
 
 def test_the_published_protocol_runs_pictures_whole_and_says_so_where_memory_lacks(files, written, tmp_path, monkeypatch):
@@ -703,6 +725,29 @@ def test_pairs_are_matched_by_stem_or_by_order(tmp_path):
     assert [b.stem for _, b in evaluation.match_pairs(tmp_path / "other", tmp_path / "gt")] == ["0801", "0802", "1"]
     with pytest.raises(ValueError, match="can't be paired"):
         evaluation.match_pairs(tmp_path / "few", tmp_path / "gt")
+
+
+def test_pictures_without_a_partner_are_counted_on_both_sides_and_left_out(tmp_path, capsys):
+    """As many of one as of the other, yet not in order: x.png is not the LQ of c.png."""
+    for name in ("lq/a", "lq/b_rain", "lq/x", "gt/a", "gt/b", "gt/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / f"{name}.png")
+    pairs = evaluation.match_pairs(tmp_path / "lq", tmp_path / "gt")
+    assert [(a.stem, b.stem) for a, b in pairs] == [("a", "a"), ("b_rain", "b")]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"1 of {tmp_path / 'lq'}" in said[0] and f"1 of {tmp_path / 'gt'}" in said[0]
+    (tmp_path / "lq" / "x.png").unlink()
+    assert len(evaluation.match_pairs(tmp_path / "lq", tmp_path / "gt")) == 2
+    assert f"0 of {tmp_path / 'lq'}" in (said := capsys.readouterr().err) and f"1 of {tmp_path / 'gt'}" in said
+
+
+@pytest.mark.parametrize("count, words", [(1, "passed over 1 file "), (2, "passed over 2 files ")])
+def test_one_file_is_not_files(tmp_path, capsys, count, words):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    for name in ("b.heic", "c.dng")[:count]:
+        (tmp_path / name).write_bytes(b"")
+    degrade.list_images([tmp_path])
+    assert words in capsys.readouterr().err
 
 
 def test_the_prompt_matrix_and_the_interpolation_strip(files, written, tmp_path, capsys):
