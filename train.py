@@ -56,8 +56,8 @@ from mioir import (ANSWERS, ARCHS, TASKS, DropPath, ResidualBlock, RestormerBloc
 #
 # The loss is L1, the mean of |y - gt|. batch is the total over all GPUs; crop is the edge of a
 # training crop in pixels; period is one cosine period of the learning rate in iterations; order is
-# the sequential order, in letters. With all seven tasks a schedule has ten periods (the
-# classifier's four).
+# the sequential order, in letters. k tasks have k - 1 + 4 periods, in sequence or mixed: all seven
+# have ten. (The classifier has four.)
 
 # What to compare when a run goes other than the paper's: Adam's beta2 is .99, not torch's .999, so
 # that its memory of squared gradients is 100 iterations long; the batch is small; the rate is never
@@ -135,6 +135,9 @@ SPECIAL = {
     ("study", "uformer"): dict(crop=128, batch=7),
     ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
     ("hours", "uformer"): dict(crop=128, batch=7),
+    # Twice as wide and deeper than the demo's, and crops that show more of haze and darkness.
+    ("hours", "restormer"): dict(crop=64, sizes=dict(dim=24, blocks=(1, 1, 2, 3), refinement=0,
+                                                     expansion=1.5, prompt_width=16)),
     ("hours", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=5000),
 }
 
@@ -196,8 +199,10 @@ def stages(arch, seq=False, order=None, period=None, none=False):
     tasks = tuple(LETTERS[letter] for letter in order)
     if none:
         tasks += ("none",)
-    if not seq:                                    # mixed: as long as all seven in sequence, 6 + 4
-        return [Stage(tasks, (period,) * (4 if arch == "classifier" else 10))]
+    if arch == "classifier":
+        return [Stage(tasks, (period,) * 4)]
+    if not seq:                                    # mixed: as long as the same tasks in sequence
+        return [Stage(tasks, (period,) * (len(tasks) - 1 + 4))]
     # {rain} {rain, jpeg} ...: stages 1 to 6, one period each; then all of them for four.
     growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]
     return [*growing, Stage(tasks, (period,) * 4)]
@@ -954,15 +959,20 @@ def before_training(args, pairs):
 
 def validate(run, pairs, machine, log):
     """{task: PSNR in dB, or the classifier's accuracy in %} of the raw weights on images that no
-    run trains on; one process computes, the others wait."""
-    started, scores = time.monotonic(), None
-    if run.leads and run.args.arch == "classifier":
-        scores, _ = confusion(run.model, pairs, machine.device)
-    elif run.leads:
-        scores = mean_psnr(run.model, pairs, machine.device)
+    run trains on, each on the screen as it comes; one process computes, the others wait."""
+    started, scores = time.monotonic(), {}
+    log.say("validation:", end="")
+    for task, examples in pairs.items() if run.leads else ():
+        if run.args.arch == "classifier":
+            scores[task] = confusion(run.model, {task: examples}, machine.device)[0][task]
+        else:
+            scores[task] = mean_psnr(run.model, {task: examples}, machine.device)[task]
+        log.say(f" {task} {scores[task]:.2f}", end="")
+    log.say("")
     if machine.world > 1:
         dist.barrier()
-    log.idle += time.monotonic() - started
+    log.validation = time.monotonic() - started
+    log.idle += log.validation
     return scores
 
 
@@ -990,10 +1000,10 @@ class Log:
     def __init__(self, run):
         self.speaks = run.leads
         self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
-        self.total = sum(stage.iterations for stage in run.stages)
         self.losses = {task: [] for task in ANSWERS}
         self.iterations = 0                        # of this session: a resumed run counts anew
         self.start, self.idle = time.monotonic(), 0.0       # idle: seconds spent validating
+        self.validation = 0.0                               # the last one's seconds
         # Ctrl-C and `kill` ask: the loop ends its iteration, saves, and says how to go on.
         self.stop = None
         self.handlers = {number: signal.signal(number, self.ask_to_stop)
@@ -1008,10 +1018,10 @@ class Log:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def say(self, text):
+    def say(self, text, end="\n"):
         """A line on the screen."""
         if self.speaks:
-            print(text, flush=True)
+            print(text, end=end, flush=True)
 
     def write(self, **fields):
         """A line in log.jsonl; the file is line-buffered, so a killed run's log is whole."""
@@ -1023,9 +1033,15 @@ class Log:
         return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
 
     def left(self, run):
-        """Seconds to the end of the run, at this rate; what validations will take is not in it."""
-        done = sum(stage.iterations for stage in run.stages[:run.stage]) + run.iteration
-        return (self.total - done) / self.rate()
+        """Seconds to the end of the run at this rate, with as many validations as are to come, each
+        as long as the last one; before the first, of training alone."""
+        iterations, validations = -run.iteration, 0
+        for stage in run.stages[run.stage:]:
+            iterations += stage.iterations
+            validations += math.ceil(stage.iterations / (run.args.val_every or stage.iterations))
+        if run.args.val_every:                     # one that is due now is yet to come
+            validations -= (run.iteration - 1) // run.args.val_every
+        return iterations / self.rate() + validations * self.validation
 
     def add(self, run, losses, tasks, norm, lr):
         """Counts an iteration; speaks every log_every iterations and at a stage's end.
@@ -1034,7 +1050,8 @@ class Log:
             self.losses[task].append(loss)
         self.iterations += 1
         if self.iterations == 20:                  # enough to tell, though the first ones are slow
-            self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
+            more = "" if self.validation else ", plus validation"
+            self.say(f"at this rate the run takes {clock(self.left(run))} more{more}")
         stage = run.stages[run.stage]
         if run.iteration % run.recipe["log_every"] == 0 or run.iteration == stage.iterations:
             self.report(run, stage, norm, lr)
@@ -1116,6 +1133,9 @@ def announce(run, source, machine, say):
     images = sum(len(images) for images in source.values())
     say(f"on {where}, {machine.world} process(es), {run.args.precision}: {parameters:,} "
         f"parameters, crops from {images} images")
+    others = [task for task in TASKS if task not in run.stages[-1].tasks]
+    if run.args.init and others:
+        say(f"fine-tuning: {', '.join(others)} are not rehearsed and get worse; --order keeps them")
 
 
 def stopped(run, log):
@@ -1178,7 +1198,23 @@ def train(args):
 
 
 def main(argv=None):
-    """The command. Whatever the user can mend ends in one line and a non-zero exit."""
+    """The command. Whatever the user can mend ends in one line and a non-zero exit. torchrun has
+    the last word, a long report, and shows in it what a process leaves in this file."""
+    try:
+        command(argv)
+    except SystemExit as end:
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if file and isinstance(end.code, str):
+            line = {"message": end.code, "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps(line))
+        raise
+    finally:                                       # now the others learn that this one is gone
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def command(argv):
+    """Parses the command line and trains."""
     args = parse(argv)
     tune_cpu()
     try:
@@ -1190,13 +1226,13 @@ def main(argv=None):
         if isinstance(error, MemoryError) or "memory" in str(error):
             sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
                      "--checkpointing, --batch or --crop")
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
+            time.sleep(1)                          # torchrun takes the earliest for the cause
+            sys.exit("train.py: another process has ended, and said why")
         if args.compile:
             sys.exit(f"train.py: --compile failed ({reason}); it needs a C++ compiler on a CPU, "
                      "Triton on a GPU; leave it out")
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

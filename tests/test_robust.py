@@ -215,6 +215,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny):
     assert not list(tmp_path.iterdir())
 
 
+def test_under_torchrun_the_one_line_stands_in_its_report(tmp_path):
+    """torchrun writes a long report after all else; the line of who failed first ends it."""
+    root = Path(train.__file__).parent
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", root / "train.py",
+                           "--preset", "smoke", "--data", "nowhere", "--out", tmp_path / "out"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "[rank1]: Traceback" not in done.stderr
+    report = done.stderr.partition("ChildFailedError")[2]
+    assert report.rstrip(" =\n").endswith("traceback : train.py: nowhere: no such folder")
+
+
 def test_a_killed_loader_worker_is_one_line(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(train.Stream, "__getitem__", lambda stream, t: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(SystemExit) as stopped:
