@@ -18,6 +18,15 @@ Glossary
     raw, EMA       the weights as the optimiser leaves them, and their running average
     lq, gt         degraded and true crops, (N,3,crop,crop) in [0,1]; task: rows of TASKS, (N,)
 
+Details that are easily missed, each explained where it is done
+    1. the learning rate restarts one iteration late, as published              lr_at
+    2. at a new stage Adam starts anew; the average of the weights does not     run_stages
+    3. large canvases are degraded, then cropped; JPEG's grid may lie anywhere  sample
+    4. the loss is divided by the whole batch, however it is split              run_stages
+    5. drop path draws image by image, each from a seed of its own              draw_drop_paths
+    6. the weights that are scored are the raw ones, as in the paper            validate
+    7. whatever can be drawn again is not saved: position and seed suffice      Run
+
 Reading order: the recipes; the schedule (Section 3.2) and its learning rate; which task and which
 crop a sample gets; the loop, `run_stages`, on one page. What comes after the banner "not in the
 paper" is the command line, checkpoints, processes, and what is said on the screen.
@@ -158,12 +167,12 @@ SPECIAL = {
 def recipe_of(args):
     """The recipe that a run follows, one flat dict: the five layers above, the last one on top.
     args: see Args. (The user's own numbers are None where nothing is said.)"""
-    recipe = dict(RECIPES[args.arch])
+    recipe = dict(RECIPES[args.arch])                                           # 1
     if args.preset != "paper":
-        recipe["sizes"] = SMALL[args.arch]
-    recipe.update(PRESETS[args.preset])
-    recipe.update(SPECIAL.get((args.preset, args.arch), {}))
-    for key in ("period", "lr", "batch", "crop", "save_every"):
+        recipe["sizes"] = SMALL[args.arch]                                      # 2
+    recipe.update(PRESETS[args.preset])                                         # 3
+    recipe.update(SPECIAL.get((args.preset, args.arch), {}))                    # 4
+    for key in ("period", "lr", "batch", "crop", "save_every"):                 # 5
         if getattr(args, key) is not None:
             recipe[key] = getattr(args, key)
     return recipe
@@ -191,7 +200,8 @@ def recipe_of(args):
 # this as seven runs; here it is one loop, `run_stages` below.
 
 class Stage(NamedTuple):
-    """What a stage of the schedule trains, and for how long."""
+    """What a stage of the schedule trains, and for how long. Stage 7 of the above:
+    Stage(("rain", "jpeg", "blur", "sr", "noise", "haze", "dark"), (100_000,) * 4)."""
     tasks: tuple        # trained together, every one equally often
     periods: tuple      # iterations of each cosine period; the learning rate restarts at each
 
@@ -520,8 +530,7 @@ def run_stages(run, net, source, machine, log):
             # Each process filled its own rows, the others' are 0: the sum is the whole batch's.
             losses = machine.sum_of_all(losses)                                 # (batch,)
             tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
-            # Looked at and logged, not clipped, as published.
-            norm = torch.nn.utils.get_total_norm(
+            norm = torch.nn.utils.get_total_norm(           # logged, but not clipped, as published
                 [p.grad for p in run.model.parameters() if p.grad is not None])
             refuse_what_is_not_finite(run, losses, norm, tasks)       # before the weights change
             run.optimizer.step()
@@ -740,9 +749,9 @@ class Run:
 
     def save(self, keep=None):
         """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name for
-        a copy that stays. The new file is written beside the old one and only then takes its name:
-        a run killed at any moment has a whole last.pt. previous.pt is for what no program sees
-        coming: the power fails before the disk has everything, somebody copies half a file.
+        one more file, that stays. A new file is written beside the old one and only then takes its
+        name (whole_file): a run killed at any moment has a whole last.pt. previous.pt is for what
+        no program sees coming: the power fails before the disk has it all, half a file is copied.
         """
         if not self.leads:
             return
@@ -758,20 +767,17 @@ class Run:
                  "stage": self.stage, "iteration": self.iteration}
         last = self.out / "last.pt"
         try:
-            with whole_file(last) as unfinished, open(unfinished, "wb") as file:
-                torch.save(state, file)
-                if last.exists():                      # copied, as last.pt must never be lacking
-                    self.copy(last, "previous.pt")
-            if keep:
-                self.copy(last, keep)
+            with whole_file(last) as unfinished:
+                with open(unfinished, "wb") as file:
+                    torch.save(state, file)
+                # Copied, not renamed: last.pt must not be lacking for a moment.
+                for source, name in ((last, "previous.pt"), (unfinished, keep)):
+                    if name and source.exists():
+                        with whole_file(self.out / name) as copied:
+                            shutil.copyfile(source, copied)
         except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise self.failed(f"{last}: not saved ({reason})") from None
-
-    def copy(self, last, name):
-        """A copy of last.pt under another name, whole or not at all."""
-        with whole_file(self.out / name) as unfinished:
-            shutil.copyfile(last, unfinished)
 
     def failed(self, what):
         """A ValueError that says where the run stands, what is wrong, and what is safe."""
@@ -793,7 +799,7 @@ class Run:
             except Exception as error:                 # torch raises a dozen kinds for torn files
                 reason = str(error).splitlines()[0][:80]
                 say(f"{path} can't be used ({reason}); trying the one before")
-        else:
+        else:                                          # no break: none of them will do
             raise ValueError(f"--resume: there is no readable {self.out / 'last.pt'} to go on from")
         # Every difference is named, with both values, so that the right flag can be found.
         changed = [f"{key}: {saved['facts'].get(key)} then, {value} now"
@@ -833,8 +839,8 @@ def read_init(args):
 def checkpoints(out):
     """What a run can go on from, newest first; previous.pt and the stages' ends are for a last.pt
     that is torn or not finite."""
-    stages = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path for path in (out / "last.pt", out / "previous.pt", *stages) if path.exists()]
+    ends = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in (out / "last.pt", out / "previous.pt", *ends) if path.exists()]
 
 
 def open_images(args, say):
@@ -852,7 +858,7 @@ def open_images(args, say):
         count, edge = recipe["leaves"]
         items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
-    for torn in out.glob(".*.tmp"):                    # of a run that was killed while it saved
+    for torn in out.glob(".*.tmp"):                    # whole_file's, where a save was killed
         torn.unlink()
     # Decoded once and read by the rows of a crop, or, to save the disk, decoded again and again.
     folder, kind = args.cache or out / "cache", ImageCache
@@ -1155,13 +1161,14 @@ def finish(run, pairs, log, machine):
         log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
-    # --pairs are scored there; the table above is of other images.
-    pairs = f" --pairs {shlex.join(run.args.pairs)}" if run.args.pairs else ""
+    command = f"python eval.py {run.out}/last.pt"
+    if run.args.pairs:                             # the table above is of other images than these
+        command += f" --pairs {shlex.join(run.args.pairs)} --task {run.args.pairs_as}"
     took, speed = clock(time.monotonic() - log.start), f"{log.rate() * run.recipe['batch']:.1f}"
     if machine.device.type == "cuda":
         took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"
     log.say(f"done in {took}, {speed} images/s; {run.out} holds last.pt, log and pictures\n"
-            f"next: python eval.py {run.out}/last.pt{pairs}")
+            f"next: {command}")
 
 
 def train(args):
@@ -1193,9 +1200,9 @@ def train(args):
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit.
 
-    Where torchrun started it, the line would be followed, and hidden, by torchrun's own report, some
-    thirty lines on which process failed. What a process writes to TORCHELASTIC_ERROR_FILE ends that
-    report; of several processes, what has the earliest time.
+    Where torchrun started it, the line would be followed, and hidden, by torchrun's own report,
+    some thirty lines on which process failed. What a process writes to TORCHELASTIC_ERROR_FILE ends
+    that report; of several processes, what has the earliest time.
     """
     try:
         command(argv)
