@@ -1022,7 +1022,8 @@ def validate(run, pairs, machine, log):
 def refuse_what_is_not_finite(run, losses, norm, tasks):
     """Raises ValueError that names the task whose loss is not a number, or the gradient: a finite
     loss can have an infinite one, and a single step with it would poison every weight."""
-    for what, number in [*zip(tasks, losses.tolist()), ("the gradient", norm.item())]:
+    numbers = [(f"the loss of {task}", loss) for task, loss in zip(tasks, losses.tolist())]
+    for what, number in [*numbers, ("the gradient", norm.item())]:
         if not math.isfinite(number):
             raise run.failed(f"{what} is not finite; the weights were left as they were before")
 

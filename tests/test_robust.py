@@ -283,16 +283,18 @@ def test_two_processes_and_accumulation_repeat_the_single_process_run(tmp_path, 
         return start(tmp_path / name, *more, environment=ranks, said=tmp_path / f"{name}{ranks.get('RANK', '')}.txt", arch=arch,
                      preset=dict(batch=8, log_every=1, period=4, order="rj"))
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meet = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    runs = [begin("alone"), begin("parts", "--accumulate", "2")]
-    for group in (runs, [begin("two", **meet, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]):
+    def two(name, *more):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            meet = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+        return [begin(name, *more, **meet, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+    for group in ([begin("alone"), begin("parts", "--accumulate", "2")], two("two"), two("both", "--accumulate", "2")):
         for process in group:
             process.join(120)
             assert process.exitcode == 0
     alone = log_losses(tmp_path / "alone")
-    for losses in (log_losses(tmp_path / "two"), log_losses(tmp_path / "parts")):
+    for losses in (log_losses(tmp_path / name) for name in ("two", "parts", "both")):
         assert len(losses) == len(alone) >= 20
         for a, b in zip(alone[:20], losses[:20]):
             assert a.keys() == b.keys() and all(abs(a[task] - b[task]) <= 1e-4 * abs(a[task]) + 1e-5 for task in a)
