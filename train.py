@@ -104,8 +104,8 @@ def striped_prompts():
     return (torch.stack(stripes) % 2).float()
 
 
-# The paper's recipe takes days on a GPU. So that a run fits two CPU cores, a preset changes it:
-# a smaller model, smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher
+# The paper's recipe is made for GPUs. So that a run fits two CPU cores, a preset changes it: a
+# smaller model, smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher
 # rate and an EMA that forgets faster. A recipe has five layers, of which a later one wins, and
 # recipe_of lays them one on another. To the right, what --arch restormer --preset demo gets:
 #
@@ -195,9 +195,9 @@ def recipe_of(args):
 # in 10/7 = 1.4. That is why the order matters, and why the last stage lasts four periods.
 #
 # Each stage starts from the last weights of the one before (raw into raw, EMA into EMA), with a
-# fresh optimiser and a fresh learning rate: Adam's moments are forgotten. They are averages of the
-# gradients of another mix of tasks, at a rate that has fallen to nearly 0. The authors launched
-# this as seven runs; here it is one loop, `run_stages` below.
+# fresh optimiser and a fresh learning rate: Adam's moments, averages over gradients of another mix
+# of tasks, are forgotten. The authors launched this as seven runs; here it is one loop,
+# `run_stages` below.
 
 class Stage(NamedTuple):
     """What a stage of the schedule trains, and for how long. Stage 7 of the above:
@@ -564,7 +564,7 @@ def run_stages(run, net, source, machine, log):
 
 # ---- The command line ----------------------------------------------------------------------------
 # One dataclass holds it, from which the parser is built: a flag is written down once, with its
-# type, its default and its line in --help. None stands for "as the recipe says".
+# type, its default and its line in --help. None mostly means: as the recipe says.
 
 def option(default, text, **more):
     """A field of Args: its default, its line in --help, and what else argparse should know."""
