@@ -18,15 +18,22 @@ Glossary
     raw, EMA       the weights as the optimiser leaves them, and their running average
     lq, gt         degraded and true crops, (N,3,crop,crop) in [0,1]; task: rows of TASKS, (N,)
 
+Details that are easily missed, each explained where it is done
+    1. the learning rate restarts one iteration late, as published              lr_at
+    2. at a new stage Adam starts anew; the average of the weights does not     run_stages
+    3. large canvases are degraded, then cropped; JPEG's grid may lie anywhere  sample
+    4. the loss is divided by the whole batch, however it is split              run_stages
+    5. drop path draws image by image, each from a seed of its own              draw_drop_paths
+    6. the weights that are scored are the raw ones, as in the paper            validate
+    7. whatever can be drawn again is not saved: position and seed suffice      Run
+
 Reading order: the recipes; the schedule (Section 3.2) and its learning rate; which task and which
 crop a sample gets; the loop, `run_stages`, on one page. What comes after the banner "not in the
 paper" is the command line, checkpoints, processes, and what is said on the screen.
 Source: paper, Sections 3.2 and 4.1; the published options/*.yml; BasicSR's training loop.
 """
-import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -35,6 +42,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,20 +53,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop, jpeg,
-                     leaf_items, photo_items, prior_knots, read_image, seeded)
+                     leaf_items, photo_items, prior_knots, read_image, seeded, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
-                  input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, task_strips,
-                  tune_cpu, validation_pairs)
-from mioir import (ANSWERS, ARCHS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
+                  input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, read_prompts,
+                  task_strips, tune_cpu, validation_pairs)
+from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
                    TaskClassifier, WindowBlock, build_model, load_model, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
-# The loss is L1, the mean of |y - gt|. batch is the total over all GPUs; crop is the edge of a
+# The loss is L1, the mean of |y - gt|: unlike the squared error it does not let the few largest
+# errors, edges mostly, rule the gradient. batch is the total over all GPUs; crop is the edge of a
 # training crop in pixels; period is one cosine period of the learning rate in iterations; order is
-# the sequential order, in letters. With all seven tasks a schedule has ten periods (the
-# classifier's four).
-
+# the sequential order, in letters. k tasks have k - 1 + 4 periods, in sequence or mixed: all seven
+# have ten. (The classifier has four.)
+#
 # What to compare when a run goes other than the paper's: Adam's beta2 is .99, not torch's .999, so
 # that its memory of squared gradients is 100 iterations long; the batch is small; the rate is never
 # warmed up; gradients are not clipped; only Uformer's weights decay.
@@ -95,11 +104,33 @@ def striped_prompts():
     return (torch.stack(stripes) % 2).float()
 
 
-# What a preset changes in the recipe, so that a run fits two CPU cores: a smaller model (SMALL),
-# smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher rate and an EMA
-# that forgets faster. leaves, validate: (how many, edge in pixels) of the training images if there
-# is no --data, and of the validation images. prompts: what makes the "ep" prompts; the paper's
-# random ones where nothing is said. channels_last: convolutions of a CPU are faster so.
+# The paper's recipe is made for GPUs. So that a run fits two CPU cores, a preset changes it: a
+# smaller model, smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher
+# rate and an EMA that forgets faster. A recipe has five layers, of which a later one wins, and
+# recipe_of lays them one on another. To the right, what --arch restormer --preset demo gets:
+#
+#     1  RECIPES[arch]            the paper's numbers       batch 8, crop 128, period 100k, lr 2e-4
+#     2  SMALL[arch]              a smaller model           dim 12            (not in preset paper)
+#     3  PRESETS[preset]          a shorter run             batch 14, crop 32, period 200, lr 1e-3
+#     4  SPECIAL[preset, arch]    where 3 suits 1 badly     lr 1.5e-3
+#     5  --lr --batch ...         the user's own            -
+#
+# leaves, validate: (how many, edge in pixels) of the training images if there is no --data, and of
+# the validation images. prompts: what makes the "ep" prompts; the paper's random ones where nothing
+# is said. channels_last: convolutions of a CPU are faster so.
+
+# Layer 2, in all presets but the paper's: a half (SRResNet) to an eighth (SwinIR) of the paper's
+# width, and fewer blocks. (The classifier starts otherwise, and may also answer "none": the paper's
+# knows seven answers.)
+SMALL = {
+    "srresnet": dict(width=32, blocks=8),
+    "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
+    "uformer": dict(dim=8, depths=(1,) * 9),
+    "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
+    "classifier": dict(high_pass=True, none=True),
+}
+# Layer 3.
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
               crop=32, ema=0.99, channels_last=True, prompts=striped_prompts)
 PRESETS = {
@@ -115,17 +146,8 @@ PRESETS = {
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
-# What all presets but the paper's change in an arch: its size. (The classifier starts otherwise,
-# and may also answer "none": the paper's knows seven answers.)
-SMALL = {
-    "srresnet": dict(width=32, blocks=8),
-    "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
-    "uformer": dict(dim=8, depths=(1,) * 9),
-    "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(high_pass=True, none=True),
-}
-# Where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to look at.
+# Layer 4, where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to
+# look at.
 SPECIAL = {
     ("smoke", "uformer"): dict(crop=128),
     ("demo", "restormer"): dict(lr=1.5e-3),
@@ -135,20 +157,24 @@ SPECIAL = {
     ("study", "uformer"): dict(crop=128, batch=7),
     ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
     ("hours", "uformer"): dict(crop=128, batch=7),
+    # Twice as wide and deeper than the demo's, and crops that show more of haze and darkness.
+    ("hours", "restormer"): dict(crop=64, sizes=dict(dim=24, blocks=(1, 1, 2, 3), refinement=0,
+                                                     expansion=1.5, prompt_width=16)),
     ("hours", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=5000),
 }
 
 
-def recipe_of(arch, preset, own=()):
-    """The recipe that a run follows, one dict: the arch's, then what the preset changes in it, then
-    the exception for both, then the user's own numbers, {key: number or None}: --period, --lr,
-    --batch, --crop. What comes later wins."""
-    recipe = dict(RECIPES[arch])
-    if preset != "paper":
-        recipe["sizes"] = SMALL[arch]
-    recipe.update(PRESETS[preset])
-    recipe.update(SPECIAL.get((preset, arch), {}))
-    recipe.update({key: number for key, number in dict(own).items() if number is not None})
+def recipe_of(args):
+    """The recipe that a run follows, one flat dict: the five layers above, the last one on top.
+    args: see Args. (The user's own numbers are None where nothing is said.)"""
+    recipe = dict(RECIPES[args.arch])                                           # 1
+    if args.preset != "paper":
+        recipe["sizes"] = SMALL[args.arch]                                      # 2
+    recipe.update(PRESETS[args.preset])                                         # 3
+    recipe.update(SPECIAL.get((args.preset, args.arch), {}))                    # 4
+    for key in ("period", "lr", "batch", "crop", "save_every"):                 # 5
+        if getattr(args, key) is not None:
+            recipe[key] = getattr(args, key)
     return recipe
 
 
@@ -164,12 +190,18 @@ def recipe_of(arch, preset, own=()):
 #     stage 6   rain, jpeg, blur, sr, noise, haze        100k
 #     stage 7   all seven                            4 x 100k       in all 1M, as the mixed run has
 #
+# So a task counts the more, the earlier it comes: rain is seen in 1 + 1/2 + ... + 1/6 + 4/7 = 3.0
+# periods' worth of crops, jpeg in 2.0, dark, the last, in 4/7 = 0.6; in the mixed run each of them
+# in 10/7 = 1.4. That is why the order matters, and why the last stage lasts four periods.
+#
 # Each stage starts from the last weights of the one before (raw into raw, EMA into EMA), with a
-# fresh optimiser and a fresh learning rate: Adam's moments are forgotten. The authors launched this
-# as seven runs; here it is one loop, `run_stages` below.
+# fresh optimiser and a fresh learning rate: Adam's moments, averages over gradients of another mix
+# of tasks, are forgotten. The authors launched this as seven runs; here it is one loop,
+# `run_stages` below.
 
 class Stage(NamedTuple):
-    """What a stage of the schedule trains, and for how long."""
+    """What a stage of the schedule trains, and for how long. Stage 7 of the above:
+    Stage(("rain", "jpeg", "blur", "sr", "noise", "haze", "dark"), (100_000,) * 4)."""
     tasks: tuple        # trained together, every one equally often
     periods: tuple      # iterations of each cosine period; the learning rate restarts at each
 
@@ -180,25 +212,26 @@ class Stage(NamedTuple):
 
 def stages(arch, seq=False, order=None, period=None, none=False):
     """The schedule, a list. Mixed: one stage, all tasks. Sequential: stage k trains the first k.
+    Either has k - 1 + 4 periods for k tasks, so that what is compared is the order, not the effort.
+
     order: letters of LETTERS, each at most once; the default is the paper's. period: iterations.
     none: undamaged images are one more "task", for a classifier that can say so.
     Raises ValueError for letters that are unknown or repeated.
     """
     order = order or RECIPES[arch]["order"]
     period = period or RECIPES[arch]["period"]
-    letters = ", ".join(f"{letter} ({task})" for letter, task in LETTERS.items())
-    for letter in order:
-        if letter not in LETTERS:
-            raise ValueError(f"--order {order}: {letter!r} is no task; use each of {letters} "
-                             "at most once")
-    if len(set(order)) != len(order):
-        raise ValueError(f"--order {order}: a task is repeated; use each of {letters} at most once")
+    for k, letter in enumerate(order):
+        if letter not in LETTERS or letter in order[:k]:
+            known = ", ".join(f"{letter} ({task})" for letter, task in LETTERS.items())
+            raise ValueError(f"--order {order}: {letter!r} is unknown or repeated; use {known}")
     tasks = tuple(LETTERS[letter] for letter in order)
     if none:
         tasks += ("none",)
-    if not seq:                                    # mixed: as long as all seven in sequence, 6 + 4
-        return [Stage(tasks, (period,) * (4 if arch == "classifier" else 10))]
-    # {rain} {rain, jpeg} ...: stages 1 to 6, one period each; then all of them for four.
+    if arch == "classifier":
+        return [Stage(tasks, (period,) * 4)]
+    if not seq:                                    # mixed: as long as the same tasks in sequence
+        return [Stage(tasks, (period,) * (len(tasks) - 1 + 4))]
+    # {rain} {rain, jpeg} ...: all stages but the last have one period; the last, all tasks, four.
     growing = [Stage(tasks[:k], (period,)) for k in range(1, len(tasks))]
     return [*growing, Stage(tasks, (period,) * 4)]
 
@@ -211,6 +244,8 @@ def lr_at(iteration, periods, base_lr, eta_min):
     As published, the restart comes one iteration late: the first iteration of a later period still
     has eta_min, and the second is on its way down already (BasicSR's CosineAnnealingRestartLR
     counts a period's end to the period itself). Periods (4, 4): 1 .85 .5 .15 0 .85 .5 .15 of base.
+    Restarts are of Loshchilov and Hutter, "SGDR", 2017: a high rate leaves the valley that the
+    falling one has settled in.
     """
     done = iteration - 1                           # iterations behind us: 0 at the first
     start, end = 0, 0                              # of the period that `done` falls into
@@ -365,16 +400,16 @@ def turned(x, turn):
 
 class Stream(torch.utils.data.Dataset):
     """Iteration t -> this process's parts of the batch, each a list of samples. Unlike with the
-    published shuffled list of files, what comes at t can be told without what came before."""
+    published shuffled list of files, what comes at t can be told without what came before. It does
+    not keep the run, since loader processes get a copy of it."""
 
     def __init__(self, run, source, machine):
-        self.source, self.shares = source, machine.share(run.recipe["batch"])
-        self.tasks, self.seed, self.stage = run.stages[run.stage].tasks, run.args.seed, run.stage
-        self.crop, self.batch = run.recipe["crop"], run.recipe["batch"]
+        tasks, batch = run.stages[run.stage].tasks, run.recipe["batch"]
+        self.sample = partial(sample, source, tasks, run.recipe["crop"], batch)
+        self.key, self.shares = (run.args.seed, run.stage), machine.share(batch)
 
     def __getitem__(self, t):
-        return [[sample(self.source, self.tasks, self.crop, self.batch,
-                        (self.seed, self.stage, t, i)) for i in rows] for rows in self.shares]
+        return [[self.sample((*self.key, t, i)) for i in rows] for rows in self.shares]
 
 
 def batches(run, source, machine):
@@ -383,19 +418,19 @@ def batches(run, source, machine):
     on_gpu, workers = machine.device.type == "cuda", run.args.workers
     if workers is None:
         workers = 8 if on_gpu else 0
+    # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
     ahead = range(run.iteration, run.stages[run.stage].iterations)
+    # batch_size=None: an item of Stream is a batch already. From pinned memory a GPU copies faster.
     loader = iter(torch.utils.data.DataLoader(
-        Stream(run, source, machine), batch_size=None, sampler=ahead, pin_memory=on_gpu,
-        num_workers=workers))
+        Stream(run, source, machine), batch_size=None, sampler=ahead, num_workers=workers,
+        pin_memory=on_gpu))
     for t in ahead:
         try:
             parts = next(loader)
         except (ValueError, OSError, RuntimeError) as error:
             # A worker's error comes with its traceback, of which the last line says what happened;
             # a worker that was killed (out of memory, often) is a RuntimeError of the loader.
-            reason = str(error).splitlines()[-1]
-            raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {reason}; "
-                             f"{run.last_good()}") from None
+            raise run.failed(str(error).splitlines()[-1]) from None
         yield t, list(zip(machine.share(run.recipe["batch"]), parts))
 
 
@@ -409,7 +444,11 @@ def prepare_batch(samples, crop, machine, args):
 
 def draw_drop_paths(model, key, rows, device):
     """Draws which images of a part leave out which branch (SwinIR, Uformer): uniform numbers that
-    depend on (seed, stage, t, i) and the branch alone. key: (seed, stage, t); rows: the i's."""
+    depend on (seed, stage, t, i) and the branch alone. key: (seed, stage, t); rows: the i's.
+
+    Torch's own generator would give image i other numbers when it stands in another part or
+    process; then --accumulate and the number of GPUs would change what is learned.
+    """
     drops = [m for m in model.modules() if isinstance(m, DropPath) and m.probability > 0]
     if drops:
         draws = torch.stack([torch.rand(len(drops), generator=seeded(*key, i, "drop path"))
@@ -419,6 +458,23 @@ def draw_drop_paths(model, key, rows, device):
 
 
 # ---- The loop ------------------------------------------------------------------------------------
+#
+# An iteration of the paper's Restormer on two GPUs, as one of the two processes sees it:
+#
+#     batches           4 of the batch's 8 samples: crops of uint8 and numbers, from the processor
+#     prepare_batch     degraded on the GPU: lq, gt (4,3,128,128), task (4,)
+#     net               y (4,3,128,128), and the mean of |y - gt| of each image: (4,)
+#     backward          the gradient of this half; DDP exchanges it, all get the whole batch's
+#     step              Adam's, the same in both processes, at the rate that lr_at gives
+#     update_ema        the average follows the weights
+#
+# The same 8 samples can be computed in three ways, and what is learned must not depend on it:
+#
+#     at once           backward of sum(loss) / 8
+#     --accumulate 2    two backwards of sum(loss) / 8 over 4 samples each; gradients add up
+#     two processes     backward of 2 * sum(loss) / 8 in each; DDP's average halves the sum
+#
+# Hence no mean over a part is taken anywhere, and no random number is drawn part by part.
 
 def loss_per_image(net, lq, gt, task):
     """(N,): L1, mean |y - gt| of each image: the paper's only loss. The classifier, for which there
@@ -430,8 +486,10 @@ def loss_per_image(net, lq, gt, task):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model, parameter by parameter. It starts as a copy of the
-    model, so needs no correction for a start at zero. The paper's tables are of the raw weights."""
+    """ema = decay * ema + (1 - decay) * model, parameter by parameter. Weights of k iterations ago
+    count decay^k: with .999, half of it all stems from the last 700. It starts as a copy of the
+    model, so needs no correction for a start at zero, as Adam's moments do. The average is less
+    noisy than the raw weights while the rate is high; the paper's tables are of the raw ones."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -443,8 +501,7 @@ def run_stages(run, net, source, machine, log):
     pairs = validation_pairs(images)                        # {task: [(lq, gt), ...]}
     if "none" in run.stages[-1].tasks:
         pairs["none"] = clean_pairs(images)                 # a classifier that may find nothing
-    if not run.table:
-        run.table = [before_training(args, pairs)]
+    run.table = run.table or [before_training(args, pairs)]
 
     # Stage by stage; a resumed run enters in the middle, at run.stage and run.iteration.
     while run.stage < len(run.stages):
@@ -458,49 +515,47 @@ def run_stages(run, net, source, machine, log):
             lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            run.optimizer.zero_grad(set_to_none=True)
-            net.train()
+            run.optimizer.zero_grad()
+            net.train()                                     # validation has set it to eval
             losses = torch.zeros(batch, device=machine.device)
-            for k, (rows, samples) in enumerate(parts):     # one part, unless --accumulate
+            for rows, samples in parts:                     # one part, unless --accumulate
                 lq, gt, task = prepare_batch(samples, recipe["crop"], machine, args)
                 draw_drop_paths(run.model, (args.seed, run.stage, t), rows, machine.device)
-                with machine.no_exchange(net, k < len(parts) - 1):
-                    with machine.autocast():
-                        loss = loss_per_image(net, lq, gt, task)                # (n,)
-                    # The mean over the batch. Times world, as DDP averages over the processes.
-                    (loss.sum() * machine.world / batch).backward()
+                with machine.autocast():                    # bf16, if asked for, going forward
+                    loss = loss_per_image(net, lq, gt, task)                    # (n,)
+                # The mean over the batch: parts add up. Times world, as DDP averages processes.
+                (loss.sum() * machine.world / batch).backward()
                 losses[rows.start:rows.stop] = loss.detach()
 
             # Each process filled its own rows, the others' are 0: the sum is the whole batch's.
             losses = machine.sum_of_all(losses)                                 # (batch,)
             tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
-            norm = torch.nn.utils.get_total_norm(
+            norm = torch.nn.utils.get_total_norm(           # logged, but not clipped, as published
                 [p.grad for p in run.model.parameters() if p.grad is not None])
-            refuse_what_is_not_finite(run, losses, norm, tasks, t)    # before the weights change
+            refuse_what_is_not_finite(run, losses, norm, tasks)       # before the weights change
             run.optimizer.step()
             update_ema(run.ema, run.model, recipe["ema"])
             run.iteration = t + 1
 
             # The step is done; what follows says it, saves it, and asks whether to go on.
             log.add(run, losses, tasks, norm, lr)
-            if run.iteration % (args.save_every or recipe["save_every"]) == 0:
+            if run.iteration % recipe["save_every"] == 0:
                 run.save()
             due = args.val_every and run.iteration % args.val_every == 0
             if due and run.iteration < stage.iterations:    # a stage's end is validated below
-                log.write(stage=run.stage + 1, iteration=run.iteration,
-                          psnr=validate(run, pairs, machine, log))
+                validate(run, pairs, machine, log)
             if machine.any_of_all(log.stop is not None):
                 stopped(run, log)
 
         # A row of the forgetting matrix: all seven tasks, those not trained yet, too.
         name = f"stage {run.stage + 1} (+{stage.tasks[-1]})" if args.seq else "mixed"
         run.table.append((name, validate(run, pairs, machine, log)))
-        run.stage += 1
-        run.iteration = 0
+        run.stage, run.iteration = run.stage + 1, 0
         run.save(keep=f"stage{run.stage}.pt")
-        log.write(stage=run.stage, psnr=run.table[-1][1])
-        show_table(run, log)
-    finish(run, pairs, log, machine)
+        if run.leads:
+            show_table(run, log)
+    if run.leads:
+        finish(run, pairs, log, machine)
 
 
 # ==================================================================================================
@@ -509,7 +564,7 @@ def run_stages(run, net, source, machine, log):
 
 # ---- The command line ----------------------------------------------------------------------------
 # One dataclass holds it, from which the parser is built: a flag is written down once, with its
-# type, its default and its line in --help.
+# type, its default and its line in --help. None mostly means: as the recipe says.
 
 def option(default, text, **more):
     """A field of Args: its default, its line in --help, and what else argparse should know."""
@@ -518,31 +573,27 @@ def option(default, text, **more):
 
 @dataclasses.dataclass
 class Args:
-    """The command line, one field a flag."""
+    """The command line, one field a flag, and what follows from it: name, recipe, stages."""
     # What the paper varies.
-    arch: str = option("restormer", f"{', '.join(ARCHS)}, or classifier", choices=tuple(RECIPES))
+    arch: str = option("restormer", "a backbone, or classifier", choices=tuple(RECIPES))
     seq: bool = option(False, "sequential: one task more per stage (default: mixed, all at once)")
     prompt: str = option(None, "tell the task: ep (explicit; also --prompt alone) or ap (adaptive)",
                          nargs="?", const="ep", choices=("ep", "ap"))
     # How long, on what images. Only --data DF2K and the preset "paper" are the paper's.
-    preset: str = option("paper", "paper; on 2 CPU cores: hours, study, demo, smoke (seconds)",
-                         choices=tuple(PRESETS))
-    data: list = option(None, "folders of photos (default: dead leaves, made from the seed)",
-                        nargs="+", metavar="DIR")
+    preset: str = option("paper", "demo takes minutes, smoke seconds", choices=tuple(PRESETS))
+    data: list = option(None, "folders of photos (default: dead leaves)", nargs="+", metavar="DIR")
     depth: str = option(None, "depth maps of the photos, matched by name, for haze", metavar="DIR")
     leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
     order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
-    pairs: list = option(None, "folders of degraded and of true photos, matched by name, to train "
-                         "on in place of what degrade.py makes", nargs=2, metavar=("LQ", "GT"))
-    pairs_as: str = option(None, "which task --pairs are of (default: the only one of --order)",
-                           choices=TASKS)
+    pairs: list = option(None, "train on these folders' degraded and true photos, matched by name",
+                         nargs=2, metavar=("LQ", "GT"))
+    pairs_as: str = option(None, "task of --pairs (default: --order's only one)", choices=TASKS)
     # Numbers of the recipe, for a run of one's own.
     period: int = option(None, "iterations of a cosine period (default: by preset)")
     lr: float = option(None, "learning rate at a period's start (default: by preset)")
     batch: int = option(None, "crops of an iteration, over all processes (default: by preset)")
     crop: int = option(None, "edge of a crop in pixels (default: by preset)")
-    init: str = option(None, "start from these weights, of train.py or published: fine-tuning",
-                       metavar="CKPT")
+    init: str = option(None, "fine-tune these weights, of train.py or published", metavar="CKPT")
     init_weights: str = option("raw", "which of them: raw or ema", choices=("raw", "ema"))
     prompts: str = option(None, "type7.npy, where --init is a published 'ep' model", metavar="NPY")
     # Where results go, and going on.
@@ -562,81 +613,97 @@ class Args:
     cache: str = option(None, "where decoded images go (default: OUT/cache); none: decode anew")
     save_every: int = option(None, "iterations between checkpoints (default: by preset)")
     val_every: int = option(0, "iterations between validations (default: at a stage's end only)")
-    device: str = option(None, "cuda or cpu (default: cuda if there is one)")
+    device: str = option(None, "default: cuda if there is one", choices=("cuda", "cpu"))
+
+    # Laid together once, when first asked for: a Run may then put its own sizes in (--init).
+    recipe = cached_property(recipe_of)
 
     @property
-    def recipe(self):
-        """See recipe_of."""
-        own = {key: getattr(self, key) for key in ("period", "lr", "batch", "crop")}
-        return recipe_of(self.arch, self.preset, own)
+    def stages(self):
+        """The schedule, by the rules of the function of that name."""
+        none = self.recipe["sizes"].get("none", False)
+        return stages(self.arch, self.seq, self.order, self.recipe["period"], none)
 
     @property
     def name(self):
         """Of the run, and of its folder where --out does not say otherwise."""
+        words = [self.arch, "seq" if self.seq else "mixed", self.order, self.prompt or "plain"]
         if self.arch == "classifier":
-            return f"classifier-{self.preset}"
-        schedule = "seq" if self.seq else "mixed"
-        order = f"-{self.order}" if self.order else ""
-        return f"{self.arch}-{schedule}{order}-{self.prompt or 'plain'}-{self.preset}"
+            words = [self.arch]
+        return "-".join(word for word in [*words, self.preset] if word)
 
 
 def parse(argv):
     """The command line as Args. Exits with one line where flags are unknown or contradict."""
     parser = OneLineParser("train.py", description=__doc__)
     for f in dataclasses.fields(Args):
-        if f.type is bool:
-            kind = dict(action="store_true")
-        else:
-            kind = dict(type=str if f.type is list else f.type, default=f.default)
+        special = {bool: dict(action="store_true"), list: {}}         # a list: of str, by nargs
+        kind = special.get(f.type, dict(type=f.type, default=f.default))
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     # What argparse can't know: flags that contradict each other, and numbers out of range.
-    if args.arch == "promptir" and args.prompt:
-        parser.error("--arch promptir has prompts of its own; leave --prompt out")
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
         parser.error("--arch classifier sees all tasks; leave --seq, --order and --prompt out")
     if args.precision not in ("fp32", "tf32conv", "tf32", "bf16"):
         parser.error(f"--precision {args.precision}: choose fp32, tf32conv, tf32 or bf16; fp16 is "
                      "not offered, as SwinIR's activations overflow it")
-    if args.pairs and not args.pairs_as:
-        if len(args.order or "") != 1:
-            parser.error("--pairs: of which task are they? Add --pairs-as TASK, or train on it "
-                         "alone with --order and its letter")
-        args.pairs_as = LETTERS.get(args.order, "")
-    if args.pairs_as and not args.pairs:
-        parser.error("--pairs-as says what --pairs are; add --pairs LQ GT")
-    least = dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0, batch=1,
-                 crop=16, lr=1e-9)
-    for name, low in least.items():
+    if args.pairs and len(args.order or "") == 1:
+        args.pairs_as = args.pairs_as or LETTERS.get(args.order)
+    if bool(args.pairs) != bool(args.pairs_as):
+        parser.error("--pairs LQ GT need --pairs-as TASK, or an --order of its letter alone; "
+                     "--pairs-as needs --pairs")
+    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
+                            batch=1, crop=16, lr=1e-9).items():
         value = getattr(args, name)
-        if value is not None and value < low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     args.out = args.out or f"runs/{args.name}"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
 
+# Seconds that a crop of 128 x 128 takes in training with the paper's sizes on two cores of a Xeon
+# (tests/bench.py networks, 25 November 2026): for a warning, so rough numbers do.
+_CPU_SECONDS = {"srresnet": 0.5, "swinir": 7, "restormer": 2.2, "uformer": 0.9, "promptir": 2.6}
+
+
 def plan(args):
-    """The recipe in a line and the schedule as a table: what --print-plan shows."""
+    """The recipe in a line and the schedule as a table: what --print-plan shows. And what somebody
+    should know who starts the paper's recipe on a CPU, perhaps unaware: how long it takes."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
-    rows, total, none = [], 0, r["sizes"].get("none", False)
-    for k, stage in enumerate(stages(args.arch, args.seq, args.order, r["period"], none), 1):
+    rows, total = [], sum(stage.iterations for stage in args.stages)
+    for k, stage in enumerate(args.stages, 1):
         rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
                  for t in (1, stage.iterations // 2, stage.iterations)]
-        rows.append([k, " ".join(stage.tasks), stage.iterations,
-                     f"{len(stage.periods)} x {stage.periods[0]}", *rates])
-        total += stage.iterations
-    table = markdown(["stage", "tasks, equally often", "iterations", "periods", "lr first",
-                      "lr middle", "lr last"], rows)
-    return (f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
+        periods = f"{len(stage.periods)} x {stage.periods[0]}"
+        rows.append([k, " ".join(stage.tasks), stage.iterations, periods, *rates])
+    header = ["stage", "tasks", "iterations", "periods", "lr first", "lr middle", "lr last"]
+    text = (f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
             f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
             f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n\n"
-            f"{table}\n\ntotal: {total} iterations; each stage has a fresh optimiser")
+            f"{markdown(header, rows)}\n\n"
+            f"total: {total} iterations; each stage has a fresh optimiser")
+    if args.device == "cpu" and args.preset == "paper" and args.arch in _CPU_SECONDS:
+        days = total * r["batch"] * _CPU_SECONDS[args.arch] / 86400
+        text += (f"\n\non this CPU that takes about {days:,.0f} days; --preset demo takes minutes, "
+                 "--preset hours some hours, --preset smoke seconds")
+    return text
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
 # OUT/last.pt is all that a run needs to go on to the same bits: raw and EMA weights, Adam's
 # moments, and where it stands. No generator's state is in it: every random number is drawn from one
 # seeded by (seed, stage, t, i), so the position alone says what comes next.
+#
+# Were it otherwise, going on would need the state of each generator in each loader process, which
+# have drawn ahead of the iteration that is being computed; of cuDNN's choice of algorithms, too,
+# which is why that is fixed (Machine). Sums of floats depend on their order: the same bits come
+# with the same machine and the same split of the batch, otherwise the same numbers but for
+# rounding.
+#
+#     OUT/last.pt        the newest state, replaced in one step
+#     OUT/previous.pt    the one before it
+#     OUT/stage3.pt      the end of stage 3, to compare stages, or to start from (--init)
 
 class Run:
     """Everything that a checkpoint holds: the weights, where the run stands, and what it is.
@@ -652,28 +719,14 @@ class Run:
 
     def __init__(self, args, device, leads=True):
         self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
-        begun = None
         if args.init:
-            begun = read_init(args)
-            self.recipe["sizes"] = begun[1]["sizes"]       # the model is what the file holds
-        self.stages = stages(args.arch, args.seq, args.order, self.recipe["period"],
-                             self.recipe["sizes"].get("none", False))
-        # The start depends on the seed alone, whatever was drawn before; fork_rng gives torch's own
-        # generator back as it was, to a notebook, say, that calls this.
-        with torch.random.fork_rng(devices=[]):                # leaves the caller's generator alone
-            torch.manual_seed(args.seed)
-            if args.arch == "classifier":
-                model = TaskClassifier(**self.recipe["sizes"])
-            else:
-                model = build_model(args.arch, args.prompt, **self.recipe["sizes"])
+            model, self.recipe["sizes"] = read_init(args)  # the model is what the file holds
+        else:
+            model = new_model(args)
         self.model = model.to(device)
-        if args.prompt == "ep" and "prompts" in self.recipe:
-            self.model.prompts.copy_(self.recipe["prompts"]())
-        if begun:
-            self.model.load_state_dict(begun[0].state_dict())
+        # A copy: the average begins at the first weights, of --init, too.
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.stage, self.iteration = 0, 0
-        self.table = []
+        self.stages, self.table, self.stage, self.iteration = args.stages, [], 0, 0
         self.new_optimizer()
 
     def new_optimizer(self):
@@ -689,49 +742,50 @@ class Run:
         only change how it is computed (--workers, --accumulate, --precision ...) may differ."""
         # The recipe's numbers that shape the trajectory; period and order are in the stages.
         kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
-        self.facts = {"arch": self.args.arch, "prompt": self.args.prompt, "seed": self.args.seed,
-                      "order": [list(stage.tasks) for stage in self.stages],
-                      "periods": [list(stage.periods) for stage in self.stages],
-                      "data": data, "pairs": self.args.pairs_as,
-                      **{key: self.recipe[key] for key in kept}}
+        args, order = self.args, [list(stage.tasks) for stage in self.stages]
+        self.facts = dict(arch=args.arch, prompt=args.prompt, seed=args.seed, pairs=args.pairs_as,
+                          order=order, periods=[list(stage.periods) for stage in self.stages],
+                          data=data, **{key: self.recipe[key] for key in kept})
 
     def save(self, keep=None):
         """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name for
-        a copy that stays. The new file is written beside the old one, forced onto the disk, and
-        only then takes its name: a run killed at any moment has a whole last.pt or previous.pt.
+        one more file, that stays. A new file is written beside the old one and only then takes its
+        name (whole_file): a run killed at any moment has a whole last.pt. previous.pt is for what
+        no program sees coming: the power fails before the disk has it all, half a file is copied.
         """
         if not self.leads:
             return
+        # Gradients were finite, but a rate that is too high can still have driven weights away.
         if not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
-            raise ValueError(f"the weights are no longer finite; not saved; {self.last_good()}")
+            raise self.failed("the weights are no longer finite; not saved")
         # Plain numbers, strings, lists and tensors alone, so that torch.load(weights_only=True),
         # which can't run code, reads it: eval.py rebuilds the model from arch, prompt and sizes.
-        last, unfinished = self.out / "last.pt", self.out / "last.pt.tmp"
         state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt,
                  "sizes": self.recipe["sizes"], "facts": self.facts, "table": self.table,
                  "raw": self.model.state_dict(), "ema": self.ema.state_dict(),
                  "optimizer": self.optimizer.state_dict(),
                  "stage": self.stage, "iteration": self.iteration}
+        last = self.out / "last.pt"
         try:
-            with open(unfinished, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if last.exists():                           # last.pt never lacks, not even for a moment
-                copy_or_link(last, self.out / "previous.pt")
-            os.replace(unfinished, last)
-            if keep:
-                copy_or_link(last, self.out / keep)
-        except (OSError, RuntimeError) as error:         # torch reports a full disk as RuntimeError
-            unfinished.unlink(missing_ok=True)
+            with whole_file(last) as unfinished:
+                with open(unfinished, "wb") as file:
+                    torch.save(state, file)
+                # Copied, not renamed: last.pt must not be lacking for a moment.
+                for source, name in ((last, "previous.pt"), (unfinished, keep)):
+                    if name and source.exists():
+                        with whole_file(self.out / name) as copied:
+                            shutil.copyfile(source, copied)
+        except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise ValueError(f"{last}: not saved ({reason}); {self.last_good()}") from None
+            raise self.failed(f"{last}: not saved ({reason})") from None
 
-    def last_good(self):
-        """What to go on from after a fault, in words."""
-        for path in checkpoints(self.out):
-            return f"{path} is unharmed; when the cause is mended, add --resume"
-        return "no checkpoint was written yet"
+    def failed(self, what):
+        """A ValueError that says where the run stands, what is wrong, and what is safe."""
+        good, safe = checkpoints(self.out), "no checkpoint was written yet"
+        if good:
+            safe = f"{good[0]} is unharmed; when the cause is mended, add --resume"
+        place = f"stage {self.stage + 1}, iteration {self.iteration + 1}"
+        return ValueError(f"{place}: {what}; {safe}")
 
     def load(self, say):
         """Goes on from last.pt, or from what was saved before where that is torn or not finite.
@@ -739,77 +793,73 @@ class Run:
         for path in checkpoints(self.out):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                facts = saved["facts"]
-                if all(value.isfinite().all() for value in saved["raw"].values()):
-                    break
-                say(f"{path} holds numbers that are not finite; trying the one before")
-            except Exception as error:                   # torch raises a dozen kinds for torn files
-                say(f"{path} is torn ({str(error).splitlines()[0][:80]}); trying the one before")
-        else:
+                if not all(value.isfinite().all() for value in saved["raw"].values()):
+                    raise ValueError("numbers that are not finite")
+                break
+            except Exception as error:                 # torch raises a dozen kinds for torn files
+                reason = str(error).splitlines()[0][:80]
+                say(f"{path} can't be used ({reason}); trying the one before")
+        else:                                          # no break: none of them will do
             raise ValueError(f"--resume: there is no readable {self.out / 'last.pt'} to go on from")
         # Every difference is named, with both values, so that the right flag can be found.
-        changed = [f"{key}: {facts.get(key)} then, {value} now" for key, value in self.facts.items()
-                   if facts.get(key) != value]
+        changed = [f"{key}: {saved['facts'].get(key)} then, {value} now"
+                   for key, value in self.facts.items() if saved["facts"].get(key) != value]
         if changed:
             raise ValueError(f"--resume: {path} is of another run; {'; '.join(changed)}")
-        self.model.load_state_dict(saved["raw"])
-        self.ema.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for name, part in (("raw", self.model), ("ema", self.ema), ("optimizer", self.optimizer)):
+            part.load_state_dict(saved[name])
         self.stage, self.iteration = saved["stage"], saved["iteration"]
         self.table = [tuple(row) for row in saved["table"]]
         say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
 
 
+def new_model(args):
+    """Weights as they are before training: they depend on the seed alone, whatever was drawn
+    before. fork_rng gives torch's own generator back as it was, to a notebook, say, that calls."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        if args.arch == "classifier":
+            return TaskClassifier(**args.recipe["sizes"])
+        model = build_model(args.arch, args.prompt, **args.recipe["sizes"])
+    if args.prompt == "ep" and "prompts" in args.recipe:
+        model.prompts.copy_(args.recipe["prompts"]())
+    return model
+
+
 def read_init(args):
-    """(model, info) of --init. Refuses another arch or prompt: their weights would not fit."""
-    prompts = None
-    if args.prompts:
-        prompts = np.load(args.prompts, allow_pickle=False)
+    """(model, sizes) of --init. Refuses another arch or prompt: their weights would not fit."""
+    prompts = read_prompts(args.prompts) if args.prompts else None
     model, info = load_model(args.init, args.init_weights, prompts=prompts)
     if (info["arch"], info["prompt"]) != (args.arch, args.prompt):
         flags = f"--arch {info['arch']}" + (f" --prompt {info['prompt']}" if info["prompt"] else "")
         raise ValueError(f"--init {args.init} holds another model; train it with {flags}")
-    return model, info
+    return model, info["sizes"]
 
 
 def checkpoints(out):
     """What a run can go on from, newest first; previous.pt and the stages' ends are for a last.pt
     that is torn or not finite."""
-    stages = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path for path in (out / "last.pt", out / "previous.pt", *stages) if path.exists()]
-
-
-def copy_or_link(source, target):
-    """A second name for a file, which takes no room; a copy where the file system has no hard
-    links. Never torn: made under a name of its own, then renamed, which is done at once or not."""
-    unfinished = Path(f"{target}.tmp")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    os.replace(unfinished, target)
+    ends = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in (out / "last.pt", out / "previous.pt", *ends) if path.exists()]
 
 
 def open_images(args, say):
-    """The images to train on: --data, or dead leaves, or both. They are decoded once into a cache
-    beside the run. Refuses what would lose an earlier run: a folder that holds one, without
-    --resume."""
+    """The images to train on, {"photos": ImageCache, and perhaps a task: that of --pairs}: --data,
+    or dead leaves, or both. They are decoded once into a cache beside the run."""
     out, recipe = Path(args.out), args.recipe
     # A run's folder is its memory: nothing is begun on top of it, and nothing goes on without it.
     begun = checkpoints(out)
     if begun and not args.resume:
-        raise ValueError(f"--out {out} holds another run; add --resume to go on with it, or choose "
-                         "another --out")
+        raise ValueError(f"--out {out} holds a run; add --resume to go on, or choose another --out")
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
-    items = []
-    if args.data:
-        items += photo_items(args.data, args.depth, say)
+    items = photo_items(args.data, args.depth, say) if args.data else []
     if args.leaves or not args.data:
         count, edge = recipe["leaves"]
         items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
+    for torn in out.glob(".*.tmp"):                    # whole_file's, where a save was killed
+        torn.unlink()
     # Decoded once and read by the rows of a crop, or, to save the disk, decoded again and again.
     folder, kind = args.cache or out / "cache", ImageCache
     if args.cache == "none":
@@ -818,9 +868,7 @@ def open_images(args, say):
     if args.pairs:
         pairs = pair_items(match_pairs(Path(args.pairs[0]), Path(args.pairs[1])))
         source[args.pairs_as] = kind(folder, pairs, recipe["crop"], say)
-        if args.order and LETTERS.get(args.order) == args.pairs_as:       # nothing else is needed
-            items = []
-    if items:
+    if not args.pairs or LETTERS.get(args.order) != args.pairs_as:    # else nothing else is needed
         source["photos"] = kind(folder, items, recipe["crop"], say)
     return source
 
@@ -846,6 +894,8 @@ def _make_pair(lq, gt):
 # ---- Where it runs -------------------------------------------------------------------------------
 # The recipe's batch is the total over all processes and parts; how it is divided is this machine's
 # business. A sample's random numbers hang on its place in the whole batch, never on who draws them.
+# (Often the batch is given per GPU, and who trains on four GPUs instead of two must then change
+# rate and length, too, or compares two different trainings.)
 
 class Machine:
     """Where a run computes: the device, this process's rank among `world`, and how fast a way it
@@ -858,22 +908,24 @@ class Machine:
 
     def __init__(self, args):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        # The device: --device, or a GPU if there is one; under torchrun, a GPU a process.
-        cuda = torch.cuda.is_available()
-        kind = args.device or ("cuda" if cuda else "cpu")
-        if kind not in ("cpu", "cuda") or kind == "cuda" and not cuda:
-            raise ValueError(f"--device {kind}: this machine has {'cuda and ' * cuda}cpu")
-        number = os.environ.get("LOCAL_RANK", 0)
-        self.device = torch.device(f"cuda:{number}" if kind == "cuda" else "cpu")
-        self.parts, self.args = args.accumulate, args
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU on this machine")
+        self.device, self.parts, self.args = torch.device(args.device), args.accumulate, args
+        if args.device == "cuda":                               # under torchrun, a GPU a process
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         self.channels_last = args.channels_last or args.recipe.get("channels_last", False)
+        # In bf16, torch decides operation by operation, by its own lists, what keeps float32. bf16
+        # has float32's range of exponents: small gradients do not vanish, so the loss needs no
+        # scaling, which fp16 would.
+        self.autocast = partial(torch.autocast, args.device, torch.bfloat16,
+                                enabled=args.precision == "bf16")
         # Equal parts, so that the mean over the batch is the mean of the processes' means.
-        if args.recipe["batch"] % (self.world * self.parts):
-            raise ValueError(f"a total batch of {args.recipe['batch']} can't be split among "
-                             f"{self.world} processes x --accumulate {self.parts}; "
-                             "choose numbers that divide it")
+        batch, parts = args.recipe["batch"], f"{self.world} processes x --accumulate {self.parts}"
+        if batch % (self.world * self.parts):
+            raise ValueError(f"a batch of {batch} can't be split among {parts}; choose numbers "
+                             "that divide it")
         if self.world > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         # TF32 keeps 10 bits of a product's mantissa: faster on GPUs from 2020 on. The paper's torch
         # 1.12 had it on for convolutions and off for matrix products; fp32 here means neither.
         torch.backends.cudnn.allow_tf32 = args.precision in ("tf32", "tf32conv")
@@ -894,23 +946,13 @@ class Machine:
         if self.channels_last:
             lay_channels_last(model)
         if self.world > 1:
+            # Each backward ends with the mean of p.grad over all processes. With several parts,
+            # that holds the earlier parts' mean, the same everywhere, which a mean leaves alone.
             model = torch.nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.args.compile else model
 
-    def autocast(self):
-        """In bf16, torch decides operation by operation, by its own lists, what keeps float32."""
-        if self.args.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def no_exchange(self, net, more_to_come):
-        """Gradients are exchanged between processes after the last part of a batch only."""
-        if self.world > 1 and more_to_come:
-            return net.no_sync()
-        return contextlib.nullcontext()
-
     def sum_of_all(self, x):
-        """The tensor, added up over all processes."""
+        """The tensor, added up over all processes; whoever comes first waits for the others."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
@@ -926,10 +968,9 @@ def recompute_blocks(model):
     SRResNet's blocks are small: of three, the first one's input alone is kept."""
     for module in model.modules():
         if isinstance(module, (ResidualBlock, WindowBlock, RestormerBlock)):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         if isinstance(module, SRResNet):
-            module.three_blocks = functools.partial(checkpoint, module.three_blocks,
-                                                   use_reentrant=False)
+            module.three_blocks = partial(checkpoint, module.three_blocks, use_reentrant=False)
 
 
 def lay_channels_last(model):
@@ -943,41 +984,48 @@ def lay_channels_last(model):
 # ---- What a run says -----------------------------------------------------------------------------
 # On the screen: the plan, a line every log_every iterations, the stage x task table after each
 # stage, where the results lie. In the files the same: log.jsonl, table.md, and as pictures.
+#
+#     stage 2/7 140/200 | loss jpeg 0.0301 rain 0.0442 | lr 3.1e-04 | 95.2 images/s | 3 min left
+#     validation: blur 28.42 noise 19.76 jpeg 32.30 rain 23.60 haze 12.20 dark 16.16 sr 27.40
 
 def before_training(args, pairs):
     """The first row of a run's table, (name, {task: number}): what training has to beat."""
     if args.arch == "classifier":
-        names = list(pairs)                                # TASKS, or with "none" as the eighth
-        return "chance", dict.fromkeys(names, 100 / len(names))
+        return "chance", dict.fromkeys(pairs, 100 / len(pairs))    # of seven answers, or eight
     return "input", input_psnr(pairs)
 
 
 def validate(run, pairs, machine, log):
     """{task: PSNR in dB, or the classifier's accuracy in %} of the raw weights on images that no
-    run trains on; one process computes, the others wait."""
-    started, scores = time.monotonic(), None
-    if run.leads and run.args.arch == "classifier":
-        scores, _ = confusion(run.model, pairs, machine.device)
-    elif run.leads:
-        scores = mean_psnr(run.model, pairs, machine.device)
-    if machine.world > 1:
-        dist.barrier()
-    log.idle += time.monotonic() - started
+    run trains on, each on the screen as it comes; one process computes, the others wait.
+
+    An "ep" model is told the true task. Tasks that were not trained yet are scored, too: that
+    shows what the ones before them have done to them, for good or ill.
+    """
+    started, scores = time.monotonic(), {}
+    if run.leads:
+        log.say("validation:", end="")
+        for task, examples in pairs.items():
+            if run.args.arch == "classifier":
+                scores.update(confusion(run.model, {task: examples}, machine.device)[0])
+            else:
+                scores.update(mean_psnr(run.model, {task: examples}, machine.device))
+            log.say(f" {task} {scores[task]:.2f}", end="")
+        log.say("")
+        log.write(stage=run.stage + 1, iteration=run.iteration, psnr=scores)
+    machine.any_of_all(False)                      # here the others wait
+    log.validation = time.monotonic() - started
+    log.idle += log.validation
     return scores
 
 
-def refuse_what_is_not_finite(run, losses, norm, tasks, t):
+def refuse_what_is_not_finite(run, losses, norm, tasks):
     """Raises ValueError that names the task whose loss is not a number, or the gradient: a finite
     loss can have an infinite one, and a single step with it would poison every weight."""
-    fault = None
-    if not math.isfinite(norm.item()):
-        fault = "the gradient"
-    for task, loss in zip(tasks, losses.tolist()):
-        if not math.isfinite(loss):
-            fault = f"the loss of {task}"
-    if fault:
-        raise ValueError(f"stage {run.stage + 1}, iteration {t + 1}: {fault} is not finite; the "
-                         f"weights were left as they were before; {run.last_good()}")
+    numbers = [(f"the loss of {task}", loss) for task, loss in zip(tasks, losses.tolist())]
+    for what, number in [*numbers, ("the gradient", norm.item())]:
+        if not math.isfinite(number):
+            raise run.failed(f"{what} is not finite; the weights were left as they were before")
 
 
 class Log:
@@ -989,12 +1037,14 @@ class Log:
 
     def __init__(self, run):
         self.speaks = run.leads
-        self.file = open(run.out / "log.jsonl", "a", buffering=1) if self.speaks else None
-        self.total = sum(stage.iterations for stage in run.stages)
+        # Line-buffered, so a killed run's log is whole.
+        self.file = open(run.out / "log.jsonl" if run.leads else os.devnull, "a", buffering=1)
         self.losses = {task: [] for task in ANSWERS}
         self.iterations = 0                        # of this session: a resumed run counts anew
-        self.start, self.idle = time.monotonic(), 0.0       # idle: seconds spent validating
-        # Ctrl-C and `kill` ask: the loop ends its iteration, saves, and says how to go on.
+        # Seconds: when it began; how long validations took, all of them, and the last one.
+        self.start, self.idle, self.validation = time.monotonic(), 0.0, 0.0
+        # Ctrl-C and `kill` ask: the loop ends its iteration, saves and says how to go on. A handler
+        # may run between any two instructions, so it does no more than note that it was called.
         self.stop = None
         self.handlers = {number: signal.signal(number, self.ask_to_stop)
                          for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1008,124 +1058,98 @@ class Log:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def say(self, text):
+    def say(self, text, end="\n"):
         """A line on the screen."""
         if self.speaks:
-            print(text, flush=True)
+            print(text, end=end, flush=True)
 
     def write(self, **fields):
-        """A line in log.jsonl; the file is line-buffered, so a killed run's log is whole."""
-        if self.speaks:
-            self.file.write(json.dumps(fields) + "\n")
+        """A line in log.jsonl."""
+        self.file.write(json.dumps(fields) + "\n")
 
     def rate(self):
         """Iterations per second of training in this session, validations not counted."""
         return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
 
     def left(self, run):
-        """Seconds to the end of the run, at this rate; what validations will take is not in it."""
-        done = sum(stage.iterations for stage in run.stages[:run.stage]) + run.iteration
-        return (self.total - done) / self.rate()
+        """Seconds to the end of the run at this rate, with as many validations as are to come, each
+        as long as the last one; before the first, of training alone."""
+        seconds, done = 0.0, run.iteration         # done: iterations, of the stage looked at
+        for stage in run.stages[run.stage:]:
+            every = run.args.val_every or stage.iterations
+            # One more where the last `every` is not whole; one that is due now is yet to come.
+            validations = math.ceil(stage.iterations / every) - max(done - 1, 0) // every
+            seconds += (stage.iterations - done) / self.rate() + validations * self.validation
+            done = 0
+        return seconds
 
     def add(self, run, losses, tasks, norm, lr):
-        """Counts an iteration; speaks every log_every iterations and at a stage's end.
+        """Counts an iteration; speaks every log_every iterations, at a stage's end, and at the
+        20th of a session, when one can tell how long it will take, though the first are slow.
         losses: (batch,), tasks: their names, norm: the gradient's, lr: the rate that was used."""
         for task, loss in zip(tasks, losses.tolist()):
             self.losses[task].append(loss)
         self.iterations += 1
-        if self.iterations == 20:                  # enough to tell, though the first ones are slow
-            self.say(f"at this rate the run takes {clock(self.left(run))} more, plus validation")
-        stage = run.stages[run.stage]
-        if run.iteration % run.recipe["log_every"] == 0 or run.iteration == stage.iterations:
-            self.report(run, stage, norm, lr)
-
-    def report(self, run, stage, norm, lr):
-        """One line about the iterations since the last one."""
-        # Five decimals: a loss of .00001 is a 400th of a grey level.
-        means = {task: round(sum(values) / len(values), 5)
-                 for task, values in self.losses.items() if values}
+        t, total = run.iteration, run.stages[run.stage].iterations
+        if t % run.recipe["log_every"] != 0 and t != total and self.iterations != 20:
+            return
+        # Means since the last report. Five decimals: a loss of .00001 is a 400th of a grey level.
+        means = {task: round(float(np.mean(seen)), 5) for task, seen in self.losses.items() if seen}
         self.losses = {task: [] for task in ANSWERS}
         losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
-        images = self.rate() * run.recipe["batch"]
-        self.say(f"stage {run.stage + 1}/{len(run.stages)} {run.iteration}/{stage.iterations} | "
-                 f"loss {losses} | lr {lr:.1e} | {images:.1f} images/s | "
-                 f"{clock(self.left(run))} left")
-        self.write(stage=run.stage + 1, iteration=run.iteration, tasks=stage.tasks, loss=means,
+        images, left = self.rate() * run.recipe["batch"], self.left(run)
+        self.say(f"stage {run.stage + 1}/{len(run.stages)} {t}/{total} | loss {losses} | "
+                 f"lr {lr:.1e} | {images:.1f} images/s | {clock(left)} left")
+        self.write(stage=run.stage + 1, iteration=t, tasks=run.stages[run.stage].tasks, loss=means,
                    lr=lr, gradient_norm=round(norm.item(), 5), images_per_second=round(images, 2),
-                   seconds_left=round(self.left(run)))
-
-
-def peak_memory(device):
-    """In words: of the GPU if one is used, else of this process, where the system tells (Windows
-    does not have the module)."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-    try:
-        import resource
-    except ImportError:
-        return "unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+                   seconds_left=round(left))
 
 
 def show_table(run, log):
     """The stage x task table, or forgetting matrix: how well each task is done after each stage,
-    those already trained framed. Printed, and written as table.md, table.png; curves.png too."""
-    if not run.leads:
-        return
+    those already trained framed. Printed, and written as table.md, table.png; curves.png too.
+
+    Read down a column: where a frame begins, a task is trained for the first time and should rise;
+    below, where later tasks join it, it should not fall: that is what rehearsal is for.
+    """
     unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
-    names = list(run.table[0][1])                          # TASKS, and "none" of a classifier
+    columns = [*run.table[0][1], "mean"]                   # TASKS, perhaps "none" of a classifier
     rows = []
     for name, scores in run.table:
-        numbers = [scores[task] for task in names]
-        rows.append((name, [*numbers, float(np.mean(numbers))]))
-    text = markdown([f"{unit} after", *names, "mean"], [[name, *cells] for name, cells in rows])
+        rows.append((name, [*scores.values(), float(np.mean(list(scores.values())))]))
+    text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
     (run.out / "table.md").write_text(text + "\n")
     # Row 0 is the input; row i is after stage i, which trained these columns.
-    trained = {(i, names.index(task)) for i, stage in enumerate(run.stages, 1)
+    trained = {(i, columns.index(task)) for i, stage in enumerate(run.stages, 1)
                for task in stage.tasks}
     title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
-    matrix_picture(run.out / "table.png", title, [*names, "mean"], rows, trained)
+    matrix_picture(run.out / "table.png", title, columns, rows, trained)
     curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl")
     log.say(text)
 
 
-# Seconds that a crop of 128 x 128 takes in training with the paper's sizes on two cores of a Xeon
-# (tests/bench.py networks, 25 November 2026): for a warning, so rough numbers do.
-_CPU_SECONDS = {"srresnet": 0.5, "swinir": 7, "restormer": 2.2, "uformer": 0.9, "promptir": 2.6}
-
-
-def expectation(args, machine):
-    """What somebody should know who starts the paper's recipe on a CPU, perhaps unaware."""
-    if machine.device.type != "cpu" or args.preset != "paper" or args.arch not in _CPU_SECONDS:
-        return ""
-    recipe = args.recipe
-    plan = stages(args.arch, args.seq, args.order, recipe["period"])
-    seconds = sum(stage.iterations for stage in plan) * recipe["batch"] * _CPU_SECONDS[args.arch]
-    return (f"\n\non this CPU that takes about {seconds / 86400:,.0f} days; "
-            "--preset demo takes minutes, --preset hours some hours, --preset smoke seconds")
-
-
 def announce(run, source, machine, say):
-    """After the plan: where, and on what."""
+    """After the plan: where, on what, and what fine-tuning does to tasks that it leaves out."""
     # The machine, since the same seed gives the same bits on the same kind of machine only.
     where = f"cpu, {torch.get_num_threads()} threads"
     if machine.device.type == "cuda":
         where = torch.cuda.get_device_name(machine.device)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    images = sum(len(images) for images in source.values())
-    say(f"on {where}, {machine.world} process(es), {run.args.precision}: {parameters:,} "
-        f"parameters, crops from {images} images")
+    size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
+    crops = f"crops from {sum(len(images) for images in source.values())} images"
+    say(f"on {where}, {machine.world} process(es), {run.args.precision}: {size}, {crops}")
+    others = ", ".join(task for task in TASKS if task not in run.stages[-1].tasks)
+    if run.args.init and others:
+        say(f"fine-tuning: {others} are not rehearsed and get worse; --order keeps them")
 
 
 def stopped(run, log):
     """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown. Exits
     with 128 + the signal's number, as shells expect."""
     run.save()
-    again = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
     start = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:        # torchrun started this process
         start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+    again = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
     log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
             f"To go on:\n  {start} {again}")
     sys.exit(128 + (log.stop or signal.SIGTERM))
@@ -1133,38 +1157,35 @@ def stopped(run, log):
 
 def finish(run, pairs, log, machine):
     """The last words: a classifier's confusion matrix or the strips, and what the run took: time,
-    images a second of training (validations not counted), and the memory at its peak."""
-    if not run.leads:
-        return
+    the GPU's memory at its peak, and images a second of training (validations not counted)."""
     if run.args.arch == "classifier":
         log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
-    next_step = f"python eval.py {run.out}/last.pt"
+    command = f"python eval.py {run.out}/last.pt"
     if run.args.pairs:                             # the table above is of other images than these
-        task = f" --task {run.args.pairs_as}" if run.args.prompt == "ep" else ""
-        next_step += f" --pairs {shlex.join(run.args.pairs)}{task}"
-    log.say(f"done in {clock(time.monotonic() - log.start)}, "
-            f"{log.rate() * run.recipe['batch']:.1f} images/s, peak memory "
-            f"{peak_memory(machine.device)}; {run.out} holds last.pt, log and pictures\n"
-            f"next: {next_step}")
+        command += f" --pairs {shlex.join(run.args.pairs)} --task {run.args.pairs_as}"
+    took, speed = clock(time.monotonic() - log.start), f"{log.rate() * run.recipe['batch']:.1f}"
+    if machine.device.type == "cuda":
+        took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"
+    log.say(f"done in {took}, {speed} images/s; {run.out} holds last.pt, log and pictures\n"
+            f"next: {command}")
 
 
 def train(args):
     """A whole run, from Args to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
         return print(plan(args))
-    # The plan comes first, before images are drawn or decoded, which may take a while.
+    # The plan comes first, then what may be refused at once; images may take a while.
     machine = Machine(args)
     leads = machine.rank == 0
     if leads:
-        print(plan(args) + expectation(args, machine), flush=True)
-    source = open_images(args, print) if leads else None            # one decodes, others wait
-    if machine.world > 1:
-        dist.barrier()
-        source = source or open_images(args, lambda text: None)
+        print(plan(args), flush=True)
     # Every process builds the same model from the same seed; DDP also copies rank 0's weights.
     run = Run(args, machine.device, leads)
+    source = open_images(args, print) if leads else None            # one decodes, others wait
+    machine.any_of_all(False)                                       # here
+    source = source or open_images(args, lambda text: None)
     run.identify("; ".join(images.identity for images in source.values()))
     net = machine.wrap(run.model)
     log = Log(run)
@@ -1178,7 +1199,27 @@ def train(args):
 
 
 def main(argv=None):
-    """The command. Whatever the user can mend ends in one line and a non-zero exit."""
+    """The command. Whatever the user can mend ends in one line and a non-zero exit.
+
+    Where torchrun started it, the line would be followed, and hidden, by torchrun's own report,
+    some thirty lines on which process failed. What a process writes to TORCHELASTIC_ERROR_FILE ends
+    that report; of several processes, what has the earliest time.
+    """
+    try:
+        command(argv)
+    except SystemExit as end:
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if file and isinstance(end.code, str):
+            line = {"message": end.code, "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps(line))
+        raise
+    finally:                                       # now the others learn that this one is gone
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def command(argv):
+    """Parses the command line and trains; what goes wrong becomes one line."""
     args = parse(argv)
     tune_cpu()
     try:
@@ -1190,13 +1231,13 @@ def main(argv=None):
         if isinstance(error, MemoryError) or "memory" in str(error):
             sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
                      "--checkpointing, --batch or --crop")
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
+            time.sleep(1)                          # let the cause be the earlier one
+            sys.exit("train.py: another process has ended, and said why")
         if args.compile:
             sys.exit(f"train.py: --compile failed ({reason}); it needs a C++ compiler on a CPU, "
                      "Triton on a GPU; leave it out")
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -335,3 +335,42 @@ def test_clean_samples_of_the_classifier_are_kept_as_they_are_or_nearly_so():
     assert (task == len(TASKS)).all() and lq.shape == (30, 3, 64, 64)
     untouched = (lq == gt).flatten(1).all(1)
     assert 10 <= untouched.sum() < 30 and (lq - gt).abs().mean() < 0.01
+
+
+# Two tasks, and what is said ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("order", ("n", "nj", "rjb", "rjbsnhd"))
+def test_a_mixed_run_is_as_long_as_the_sequential_one_of_the_same_tasks(order):
+    mixed, = stages("restormer", order=order, period=7)
+    assert mixed.iterations == sum(s.iterations for s in stages("restormer", True, order, 7)) == 7 * (len(order) + 3)
+
+
+def test_validation_says_its_results_as_they_come(tmp_path, capsys, monkeypatch, tiny):
+    seen = []
+
+    def shown(model, pairs, device):
+        seen.append(capsys.readouterr().out.rpartition("\n")[2])           # what the line holds so far
+        return dict.fromkeys(pairs, 20.0 + len(seen))
+    monkeypatch.setattr(train, "mean_psnr", shown)
+    run("--arch", "srresnet", "--order", "n", "--preset", "smoke", "--out", tmp_path / "out")
+    assert seen == ["validation:", " blur 21.00", " noise 22.00", " jpeg 23.00", " rain 24.00", " haze 25.00", " dark 26.00"]
+    assert capsys.readouterr().out.startswith(" sr 27.00\n")
+
+
+@pytest.mark.parametrize("every, stage, iteration, to_come", [
+    (0, 0, 2, 3), (0, 2, 10, 1), (4, 0, 4, 9), (4, 0, 5, 8), (4, 2, 10, 1), (5, 2, 10, 1), (5, 1, 5, 4)])
+def test_time_left_counts_validations(tmp_path, every, stage, iteration, to_come):
+    plan = [types.SimpleNamespace(iterations=10)] * 3
+    at = types.SimpleNamespace(leads=False, out=tmp_path, stages=plan, stage=stage, iteration=iteration,
+                               args=types.SimpleNamespace(val_every=every))
+    log = train.Log(at)
+    log.close()
+    log.rate, log.validation = lambda: 2.0, 100.0
+    assert log.left(at) == (30 - 10 * stage - iteration) / 2 + 100 * to_come
+
+
+def test_fine_tuning_on_some_tasks_says_that_the_others_get_worse(finished, tmp_path, capsys, tiny):
+    run("--arch", "restormer", "--prompt", "--order", "nj", "--preset", "smoke", "--init", finished / "last.pt", "--out",
+        tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.index("total: 10 iterations") < said.index("blur, rain, haze, dark, sr are not rehearsed and get worse")
