@@ -78,7 +78,7 @@ def quantize(x):
     Every degradation ends with it, because the published images went through 8-bit files: a network
     trained on finer numbers would meet steps in the test images that it has never seen.
     """
-    return (x * 255).round().clamp(0, 255) / 255
+    return (x * 255).round_().clamp_(0, 255).div_(255)
 
 
 def per_image(value, x, dtype=torch.float32):
@@ -289,37 +289,36 @@ def streak_kernels(width, length, angle):
     return blur @ streak @ blur.mT                                # B S B^T: columns, then rows
 
 
-def _fast_size(n):
-    """The next size from n on without prime factors above 5: Fourier transforms like those."""
-    while True:
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 1
+def _sum_of_streaks(field, least, kernel):
+    """Step 3 of one image, drop by drop. field: (H+41,W+41); kernel: (42,42). Returns (H,W).
+
+    Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], is 42 x 42 products a pixel.
+    Seen from the drop, one at [r,c] adds drops[r,c] kernel[i,j] to out[r-i,c-j]: it leaves the
+    kernel turned by half. Few pixels are drops, so this takes a thousandth of the work.
+    """
+    h, w = field.shape
+    streak = kernel.flip(0, 1)                                # what a drop of 1 leaves
+    drop, part = (field >= least).nonzero(), streak.nonzero()                     # (D,2), (P,2)
+    place = torch.tensor((w + 41, 1))                         # [row,column] as one number
+    at = (drop @ place)[:, None] + part @ place                                   # (D,P)
+    light = field[*drop.T].double()[:, None] * streak[*part.T]                    # (D,P)
+    layer = light.new_zeros(h + 41, w + 41)                   # with room for the streaks' ends
+    layer.view(-1).index_add_(0, at.flatten(), light.flatten())
+    return layer[41:h, 41:w]
 
 
 def _rain_layer(field, least, kernel, peak):
     """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42)."""
-    h, w = field.shape[2:]
-    drops = torch.where(field >= least, field, 0).double()
-    # Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], by way of frequencies:
-    # the transform of the result is the transform of the drops times the conjugate of the kernel's
-    # (a convolution would take the kernel's as it is). Pixel by pixel it would be 42 x 42 products.
-    drops = reflect_pad(drops, 21, 20, 21, 20)              # as far as the kernel reaches
-    rows = _fast_size(h + 41)
-    columns = _fast_size(w + 41)
-    spectrum = torch.fft.rfft2(drops, s=(rows, columns))
-    kernel = torch.fft.rfft(kernel, columns)                # along rows first: only 42 are not zero
-    kernel = torch.fft.fft(kernel, rows, dim=2)
-    spectrum *= kernel.conj()
-    layer = torch.fft.irfft2(spectrum, s=(rows, columns))[:, :, :h, :w]
+    field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
+    if field.device.type == "cpu":                            # N is 1
+        layer = _sum_of_streaks(field[0, 0], least[0, 0], kernel[0, 0])[None, None]
+    else:                      # a GPU computes all products sooner than it counts the drops
+        drops = torch.where(field >= least, field, 0).double().transpose(0, 1)    # (1,N,H+41,W+41)
+        layer = F.conv2d(drops, kernel, groups=len(kernel)).transpose(0, 1)       # (N,1,H,W)
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
-    scale = 255 * peak / (high - low).clamp_min(1e-12)      # a field without drops stays black
-    # 1e-9: rounding errors of the transforms must not turn a whole number into the one below.
-    return ((layer - low) * scale + 1e-9).floor_().float() / 255
+    scale = 255 * peak / (high - low).clamp_min(1e-12)        # a field without drops stays black
+    # 1e-9: rounding errors of the sums must not turn a whole number into the one below.
+    return layer.sub_(low).mul_(scale).add_(1e-9).floor_().float().div_(255)
 
 
 def rain_streaks(field, density, width, length, angle, peak=1.0):
@@ -418,7 +417,7 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
         drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
     if task == "rain":
         size = size if rain_field is None else rain_field
-        drawn["field"] = torch.rand(n, 1, *size, generator=generator) * 256
+        drawn["field"] = torch.rand(n, 1, *size, generator=generator).mul_(256)
     return drawn
 
 

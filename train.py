@@ -313,21 +313,21 @@ def make_batch(samples, crop, device):
     """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS,
     len(TASKS) for "none"."""
     canvas = torch.stack([s["canvas"] for s in samples])                        # (N,3,edge,edge)
-    canvas = canvas.to(device, non_blocking=True).float() / 255
-    degraded = torch.empty_like(canvas)
+    canvas = canvas.to(device, non_blocking=True)
+    lq = torch.empty(len(samples), 3, crop, crop, device=device)
+    gt = torch.empty_like(lq)
     for task in ANSWERS:                              # all images of a task at once
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         if rows:
-            degraded[rows] = degrade_group(canvas[rows], task, [samples[i] for i in rows])
-    lq, gt = [], []
-    for i, s in enumerate(samples):
-        y, x = s["offset"]
-        pair = torch.cat((degraded[i], canvas[i]))[:, y:y + crop, x:x + crop]   # (6,crop,crop)
-        pair = turned(pair, s["turn"])
-        lq.append(pair[:3])
-        gt.append(pair[3:])
+            x = canvas[rows].float() / 255                                      # (n,3,edge,edge)
+            y = degrade_group(x, task, [samples[i] for i in rows])
+            for i, *pair in zip(rows, y, x):
+                top, left = samples[i]["offset"]
+                for whole, out in zip(pair, (lq, gt)):
+                    part = whole[:, top:top + crop, left:left + crop]           # (3,crop,crop)
+                    out[i] = turned(part, samples[i]["turn"])
     task = torch.tensor([ANSWERS.index(s["task"]) for s in samples], device=device)
-    return torch.stack(lq), torch.stack(gt), task
+    return lq, gt, task
 
 
 # Degrading is done a task at a time: seven calls for a batch, each over all its images of that

@@ -46,7 +46,7 @@ COPY = {
     "jpeg": ("degrade.py", ["quantize", "per_image", "_LUMA", "_CHROMA", "_jpeg_blocks"],
              "assert jpeg(torch.rand(2, 3, 30, 30), 40).shape == (2, 3, 30, 30)"),
     "rain_streaks": ("degrade.py", ["per_image", "reflect_pad", "gaussian_taps", "_turned_diagonal", "_blur_matrix", "streak_kernels",
-                                    "_fast_size", "_rain_layer"],
+                                    "_sum_of_streaks", "_rain_layer"],
                      "assert rain_streaks(torch.rand(2, 1, 64, 64) * 256, 90, 5, 30, 10).max() == 1"),
     "add_haze": ("degrade.py", ["quantize", "per_image"],
                  "assert add_haze(torch.rand(1, 3, 16, 16), torch.rand(1, 1, 4, 4), 0.9, 1.5).shape == (1, 3, 16, 16)"),
