@@ -547,10 +547,11 @@ def spectrum_noise(height, width, slope, rng):
 
 def _backdrop(height, width, palette, noises, rng):
     """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
-    down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]             # (H,1,1)
-    noise = rng.uniform(0, 0.03) * noises[2][..., None]
-    image = palette[0] * (1 - down) + palette[1] * down + noise                   # (H,W,3)
-    depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))             # 1 to 0.75
+    down = np.linspace(0, 1, height, dtype=np.float32)[:, None]                   # (H,1)
+    noise = rng.uniform(0, 0.03) * noises[2]                                      # (H,W)
+    top, bottom = palette[:2, :, None, None]                                      # (3,1,1) each
+    image = top * (1 - down) + bottom * down + noise                              # (3,H,W)
+    depth = np.broadcast_to(1 - 0.25 * down, (height, width))                     # 1 to 0.75
     return image.astype(np.float32), depth.astype(np.float32)
 
 
@@ -592,7 +593,7 @@ def _leaf_texture(u, v, top, left, radius, noises, rng):
 
 
 def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
-    """Paints one leaf into image (H,W,3) and depth (H,W), over what is there, where it reaches."""
+    """Paints one leaf into image (3,H,W) and depth (H,W), over what is there, where it reaches."""
     height, width = depth.shape
     # Its centre, which may lie a little outside the image.
     cy, cx = rng.uniform(-0.1, 1.1) * height, rng.uniform(-0.1, 1.1) * width
@@ -610,16 +611,19 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
     inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius  # pixels to the edge
     edge = rng.uniform(0.5, 1.2)                                # width of its soft edge, in pixels
-    cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]       # 1 on the leaf, 0 beside it
-    shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
-    texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
-    patch = image[top:bottom, left:right]                       # a view: what follows paints image
+    cover = np.clip(inside / edge + 0.5, 0, 1)                  # 1 on the leaf, 0 beside it
+    shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1) * rng.uniform(0, 0.3)
+    texture = _leaf_texture(u, v, top, left, radius, noises, rng)
+    patch = image[:, top:bottom, left:right]                    # a view: what follows paints image
     colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35))
     colour += rng.normal(0, 0.02, 3)
-    colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)         # akin to its surroundings
+    # Akin to its surroundings: their mean. cumsum adds pixel after pixel in float32, where mean
+    # would add in parts and round otherwise; scenes of a seed have been made so from the start.
+    around = patch.reshape(3, -1).cumsum(1)[:, -1] / np.float32(cover.size)
+    colour += rng.uniform(0, 0.9) * (around - colour)
     patch *= 1 - shadow * (1 - cover)                                     # its shadow falls beside
-    patch += cover * (np.clip(colour, 0.02, 1) * (1 + texture) - patch)
-    depth[top:bottom, left:right][cover[..., 0] > 0.5] = leaf_depth
+    patch += cover * (np.clip(colour, 0.02, 1)[:, None, None] * (1 + texture) - patch)
+    depth[top:bottom, left:right][cover > 0.5] = leaf_depth
 
 
 def dead_leaves(height, width, generator):
@@ -644,8 +648,8 @@ def dead_leaves(height, width, generator):
     radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
     for k, radius in enumerate(radii):                          # from far (0.75) to near (0.05)
         _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
-    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))[..., None]     # uneven light
-    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
+    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))                # uneven light
+    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2)))[None]
     image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.5))            # the lens
     return image, torch.from_numpy(depth)[None, None]
 
