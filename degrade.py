@@ -105,18 +105,21 @@ def gaussian_blur(x, kernel_size, sigma):
 
     kernel_size: odd, at most 21; sigma in pixels. Borders are reflected without repeating the edge.
     """
-    n, _, h, w = x.shape
     radius = per_image(kernel_size, x)[:, 0, 0] // 2                              # (N,1)
     taps = gaussian_taps(radius, per_image(sigma, x)[:, 0, 0], room=10)           # (N,21)
-    # Each image has its own kernel, which conv2d does not know of; but each *group of channels* may
-    # have one. So the images of the batch are laid side by side as 3N channels of a single image.
-    taps = taps.repeat_interleave(3, 0)                                           # (3N,21)
-    x = reflect_pad(x, 10, 10, 10, 10).flatten(0, 1)[None]                        # (1,3N,H+20,W+20)
+    # If all images have one size of kernel, the zeros beyond it are left out.
+    room = 10 if torch.is_tensor(kernel_size) else kernel_size // 2
+    taps = taps[:, 10 - room:11 + room, None, None, None]             # taps[:, k]: (N,1,1,1)
+    sizes = x.shape
+    x = reflect_pad(x, room, room, room, room)
     # exp(-(i^2 + j^2) / (2 sigma^2)) is a product: down the columns, then along the rows, which is
     # 21 + 21 multiplications per pixel instead of 21 x 21.
-    x = F.conv2d(x, taps[:, None, :, None], groups=3 * n)                         # (1,3N,H,W+20)
-    x = F.conv2d(x, taps[:, None, None, :], groups=3 * n)                         # (1,3N,H,W)
-    return quantize(x.view(n, 3, h, w))
+    for axis in (2, 3):
+        blurred = taps[:, 0] * x.narrow(axis, 0, sizes[axis])
+        for k in range(1, 2 * room + 1):             # the image, shifted by k pixels
+            blurred.addcmul_(taps[:, k], x.narrow(axis, k, sizes[axis]))
+        x = blurred
+    return quantize(x)
 
 
 def add_noise(x, sigma, noise=None):
@@ -533,46 +536,44 @@ _PALETTE = np.array([
     (222, 182, 70), (140, 96, 146), (238, 234, 226), (24, 24, 28)], dtype=np.float32) / 255
 
 
+@functools.lru_cache(maxsize=8)
+def _falloff(height, width, slope):
+    """1 / frequency^slope, laid out as numpy's rfft2 does: (H,W/2 + 1)."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf                                  # no constant part: the mean is 0
+    return frequency ** -slope
+
+
 def spectrum_noise(height, width, slope, rng):
     """Gaussian noise whose amplitude falls as 1 / frequency^slope: (H,W), mean 0, deviation 1.
 
     slope 0 is white noise, each pixel on its own; the larger it is, the softer are the clouds.
     """
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf                                  # no constant part: the mean is 0
     white = np.fft.rfft2(rng.standard_normal((height, width)))
-    noise = np.fft.irfft2(white * frequency ** -slope, s=(height, width))
+    noise = np.fft.irfft2(white * _falloff(height, width, slope), s=(height, width))
     return ((noise - noise.mean()) / noise.std()).astype(np.float32)
 
 
-def _backdrop(height, width, palette, noises, rng):
-    """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
-    down = np.linspace(0, 1, height, dtype=np.float32)[:, None]                   # (H,1)
-    noise = rng.uniform(0, 0.03) * noises[2]                                      # (H,W)
-    top, bottom = palette[:2, :, None, None]                                      # (3,1,1) each
-    image = top * (1 - down) + bottom * down + noise                              # (3,H,W)
-    depth = np.broadcast_to(1 - 0.25 * down, (height, width))                     # 1 to 0.75
-    return image.astype(np.float32), depth.astype(np.float32)
-
-
-def _outline(kind, theta, rng):
-    """Radius of a leaf's outline in direction theta (radians, any shape), of about 1."""
+def _outline(kind, u, v, rng):
+    """Radius of a leaf's outline, of about 1, in the direction of the points (u,v), any shape."""
+    if kind == "disc":                              # stretched, an ellipse or a stem
+        return 1
+    theta = np.arctan2(v, u)
     if kind == "polygon":                           # 3 to 6 sides; each side is a straight line,
         corner = 2 * np.pi / rng.integers(3, 7)     # r cos(angle from the side's middle) = constant
         return np.cos(corner / 2) / np.cos((theta % corner) - corner / 2) * 1.2
     if kind == "box":                               # superellipse |x|^p + |y|^p = 1: between a disc
         p = rng.uniform(3, 9)                       # (p = 2) and a square (p large)
         return (np.abs(np.cos(theta)) ** p + np.abs(np.sin(theta)) ** p + 1e-9) ** (-1 / p)
-    if kind == "blob":                              # a circle with waves, 2 to 6 periods around it
-        waves = 0
-        for k in range(2, 7):
-            waves = waves + rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
-        return 1 + waves
-    return np.ones_like(theta)                      # "disc"; stretched, an ellipse or a stem
+    waves = 0                                       # "blob": a circle with 2 to 6 waves around it
+    for k in range(2, 7):
+        waves = waves + rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
+    return 1 + waves
 
 
-def _leaf_texture(u, v, top, left, radius, noises, rng):
-    """Relative brightness of a leaf's surface, around 0: (h,w). u, v: (h,w), see _paint_leaf."""
+def _leaf_texture(y, x, u, v, radius, noises, rng):
+    """Relative brightness of a leaf's surface, around 0, at the pixels [y,x], all of them (P,), that
+    are (u,v) on the leaf."""
     kind = rng.random()
     strength = rng.uniform(0.02, 0.16)
     if rng.random() >= 0.4:                         # most surfaces are smooth
@@ -583,9 +584,8 @@ def _leaf_texture(u, v, top, left, radius, noises, rng):
         texture = np.sin(frequency * np.pi * across + rng.uniform(0, 7))
     else:                                           # a piece of one of the noises, anywhere in it
         noise = noises[rng.integers(len(noises))]
-        rows = np.arange(top, top + u.shape[0]) + rng.integers(0, noise.shape[0])
-        columns = np.arange(left, left + u.shape[1]) + rng.integers(0, noise.shape[1])
-        texture = noise[rows[:, None] % noise.shape[0], columns % noise.shape[1]]
+        y, x = y + rng.integers(0, noise.shape[0]), x + rng.integers(0, noise.shape[1])
+        texture = noise[y % noise.shape[0], x % noise.shape[1]]
     angle = rng.uniform(0, 2 * np.pi)               # shading: light from one side, and a bulge
     slope, bulge = rng.uniform(0, 0.25), rng.uniform(0, 0.12)
     shading = slope * (u * np.cos(angle) + v * np.sin(angle)) - bulge * (u * u + v * v)
@@ -609,21 +609,26 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     u = ((np.cos(angle) * x + np.sin(angle) * y) / (radius * stretch)).astype(np.float32)
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
-    inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius  # pixels to the edge
+    inside = (_outline(kind, u, v, rng) - np.hypot(u, v)) * radius  # pixels to the edge
+    # The mean colour of what it falls on. cumsum adds pixel after pixel in float32, where mean would
+    # add in parts and round otherwise; scenes of a seed have been made so from the start.
+    patch = image[:, top:bottom, left:right].reshape(3, -1)
+    around = patch.cumsum(1)[:, -1] / np.float32(inside.size)
+    # From here on P pixels alone: the leaf and its shadow, which reaches 0.3 radius + 3 beyond it.
+    y, x = np.nonzero(inside > -(0.3 * radius + 3))
+    u, v, inside = u[y, x], v[y, x], inside[y, x]
+    y, x = y + top, x + left
     edge = rng.uniform(0.5, 1.2)                                # width of its soft edge, in pixels
     cover = np.clip(inside / edge + 0.5, 0, 1)                  # 1 on the leaf, 0 beside it
     shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1) * rng.uniform(0, 0.3)
-    texture = _leaf_texture(u, v, top, left, radius, noises, rng)
-    patch = image[:, top:bottom, left:right]                    # a view: what follows paints image
+    texture = _leaf_texture(y, x, u, v, radius, noises, rng)
     colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35))
     colour += rng.normal(0, 0.02, 3)
-    # Akin to its surroundings: their mean. cumsum adds pixel after pixel in float32, where mean
-    # would add in parts and round otherwise; scenes of a seed have been made so from the start.
-    around = patch.reshape(3, -1).cumsum(1)[:, -1] / np.float32(cover.size)
-    colour += rng.uniform(0, 0.9) * (around - colour)
-    patch *= 1 - shadow * (1 - cover)                                     # its shadow falls beside
-    patch += cover * (np.clip(colour, 0.02, 1)[:, None, None] * (1 + texture) - patch)
-    depth[top:bottom, left:right][cover > 0.5] = leaf_depth
+    colour += rng.uniform(0, 0.9) * (around - colour)           # akin to its surroundings
+    colour = np.clip(colour, 0.02, 1)[:, None] * (1 + texture)                    # (3,P)
+    behind = image[:, y, x] * (1 - shadow * (1 - cover))        # its shadow falls beside
+    image[:, y, x] = behind + cover * (colour - behind)
+    depth[y[cover > 0.5], x[cover > 0.5]] = leaf_depth
 
 
 def dead_leaves(height, width, generator):
@@ -639,7 +644,12 @@ def dead_leaves(height, width, generator):
     noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
     # Few colours in a scene: four of the palette, all tinted alike.
     palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
-    image, depth = _backdrop(height, width, palette, noises, rng)
+    # Behind all leaves: a smooth change of colour from top to bottom; far (1 to 0.75) at the top.
+    down = np.linspace(0, 1, height, dtype=np.float32)[:, None]                   # (H,1)
+    top, bottom = palette[:2, :, None, None]                                      # (3,1,1) each
+    image = top * (1 - down) + bottom * down + rng.uniform(0, 0.03) * noises[2]
+    image = image.astype(np.float32)                                              # (3,H,W)
+    depth = (1 - 0.25 * down).repeat(width, 1)                                    # (H,W)
     smallest = np.exp(rng.uniform(np.log(3), np.log(12)))       # s: the least radius
     largest = max(height, width) / 2.5                          # l: the greatest
     # The mean area of leaves under r^-3 is 2 pi s^2 log(l / s): enough of them for 0.7 images.

@@ -51,7 +51,7 @@ COPY = {
     "add_haze": ("degrade.py", ["quantize", "per_image"],
                  "assert add_haze(torch.rand(1, 3, 16, 16), torch.rand(1, 1, 4, 4), 0.9, 1.5).shape == (1, 3, 16, 16)"),
     "dead_leaves": ("degrade.py", ["quantize", "per_image", "gaussian_taps", "reflect_pad", "gaussian_blur", "_PALETTE", "spectrum_noise",
-                                   "_backdrop", "_outline", "_leaf_texture", "_paint_leaf"],
+                                   "_falloff", "_outline", "_leaf_texture", "_paint_leaf"],
                     "image, depth = dead_leaves(40, 50, torch.Generator().manual_seed(1))\n"
                     "assert image.shape == (1, 3, 40, 50) and depth.shape == (1, 1, 40, 50)"),
     "psnr": ("eval.py", ["inside_border"], "a = np.zeros((20, 30, 3), np.uint8); assert round(psnr(a, a + 16), 2) == 24.05"),
