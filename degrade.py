@@ -295,9 +295,9 @@ def streak_kernels(width, length, angle):
 def _sum_of_streaks(field, least, kernel):
     """Step 3 of one image, drop by drop. field: (H+41,W+41); kernel: (42,42). Returns (H,W).
 
-    Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], is 42 x 42 products a pixel.
-    Seen from the drop, one at [r,c] adds drops[r,c] kernel[i,j] to out[r-i,c-j]: it leaves the
-    kernel turned by half. Few pixels are drops, so this takes a thousandth of the work.
+    Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], takes 42 x 42 products a
+    pixel. Seen from the drop, one at [r,c] adds drops[r,c] kernel[i,j] to out[r-i,c-j]: it leaves
+    the kernel turned by half. Few pixels are drops, so this takes a thousandth of the work.
     """
     h, w = field.shape
     streak = kernel.flip(0, 1)                                # what a drop of 1 leaves
@@ -389,6 +389,27 @@ def bicubic_x4(x, stored=False):
     return quantize(F.interpolate(small, (h, w), mode="bicubic"))
 
 
+# ---- Depth for a photo without a depth map -------------------------------------------------------
+# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
+# needs no download, but its haze is smoother than theirs.
+
+def prior_knots(generator=None):
+    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
+
+    Returns (1,1,8,8) in (0,1]: knots spread evenly over the image, from corner to corner.
+    """
+    down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
+    knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
+    return (knots / knots.max()).clamp_min(0.05)[None, None]
+
+
+def depth_prior(height, width, generator=None):
+    """prior_knots enlarged to an image's size: (1,1,H,W). Its maximum counts as 1 wherever the
+    image is cropped."""
+    knots = prior_knots(generator)
+    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
+
+
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
 # Apart from each other, because training draws on the CPU, in worker processes if there are some,
 # and applies to whole batches on the GPU.
@@ -419,7 +440,7 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     if task == "noise":
         drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
     if task == "rain":
-        size = size if rain_field is None else rain_field
+        size = rain_field or size
         drawn["field"] = torch.rand(n, 1, *size, generator=generator).mul_(256)
     return drawn
 
@@ -429,84 +450,23 @@ DEGRADATIONS = {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark":
                 "sr": bicubic_x4}
 
 
-def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
+def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0, generator=None):
     """Degrades x (N,3,H,W), on its device, by what `draw` gave.
 
-    depth, depth_max: haze's alone, as in add_haze. peak: rain's alone, as in rain_streaks; of a
-    rain field larger than x, the upper left corner is used, normalised with the rest.
+    depth, depth_max: haze's alone, as in add_haze; without depth, depth_prior draws one for each
+    image from the generator. peak: rain's alone, as in rain_streaks; of a rain field larger than x,
+    the upper left corner is used, normalised with the rest.
     """
     drawn = {name: value.to(x.device) for name, value in drawn.items()}
     if task == "rain":
         streaks = rain_streaks(**drawn, peak=peak)
         return add_rain(x, streaks[:, :, :x.shape[2], :x.shape[3]])
     if task == "haze":
+        if depth is None:
+            depth = torch.cat([depth_prior(*x.shape[2:], generator) for _ in x])
+            depth_max = 1.0
         return add_haze(x, depth.to(x), **drawn, depth_max=depth_max)
     return DEGRADATIONS[task](x, **drawn)
-
-
-# ---- Depth for a photo without a depth map -------------------------------------------------------
-# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
-# needs no download, but its haze is smoother than theirs.
-
-def prior_knots(generator=None):
-    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
-
-    Returns (1,1,8,8) in (0,1]: knots spread evenly over the image, from corner to corner.
-    """
-    down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
-    knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
-    return (knots / knots.max()).clamp_min(0.05)[None, None]
-
-
-def depth_prior(height, width, generator=None):
-    """prior_knots enlarged to an image's size: (1,1,H,W). Its maximum counts as 1 wherever the
-    image is cropped."""
-    knots = prior_knots(generator)
-    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
-
-
-# A training crop needs a small part of the enlarged depth, and the maximum of all of it. What
-# follows computes just that, so that a crop from a large photo takes no longer.
-
-def _pixels_among(knots, pixels, corners):
-    """Where each of `pixels` lies on the axis 0 .. knots - 1: (pixels,). As F.interpolate does, it
-    rounds the scale to float32, then the result: exact places would change depth by up to 3e-5."""
-    at = torch.arange(pixels, dtype=torch.float64)
-    if corners:                                    # the first and the last pixel lie on knots
-        return (at * float(np.float32((knots - 1) / max(pixels - 1, 1)))).float()
-    return ((at + 0.5) * float(np.float32(knots / pixels)) - 0.5).clamp_min(0).float()
-
-
-def _between(depth, y, x):
-    """Bilinear: depth (h,w) at rows y and columns x, which may be fractions: (len(y),len(x))."""
-    for axis, at in enumerate((y, x)):
-        low = at.long()
-        high = (low + 1).clamp_max(depth.shape[axis] - 1)
-        share = (at - low).unsqueeze(1 - axis)                           # (len(y),1) or (1,len(x))
-        depth = torch.lerp(depth.index_select(axis, low), depth.index_select(axis, high), share)
-    return depth
-
-
-def _outermost(at):
-    """Of the pixels of each cell, from a knot to the next, the first and the last."""
-    start = at.floor().diff() > 0                  # whether a cell ends and the next one starts
-    yes = start.new_ones(1)
-    return at[torch.cat((yes, start)) | torch.cat((start, yes))]
-
-
-def enlarged_crop(depth, size, top, left, edge, corners=False):
-    """A part of F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the
-    rest: rows top .. top + edge - 1, columns likewise, less where `size` ends; (1,1,edge,edge). And
-    the maximum of the WHOLE, (1,). depth: (1,1,h,w).
-
-    Within a cell, four knots, the surface is straight along either axis. So the highest pixel is
-    one of the four outermost: at most 4 h w to look at, however large the image is.
-    """
-    y = _pixels_among(depth.shape[2], size[0], corners)
-    x = _pixels_among(depth.shape[3], size[1], corners)
-    crop = _between(depth[0, 0], y[top:top + edge], x[left:left + edge])
-    highest = _between(depth[0, 0], _outermost(y), _outermost(x)).amax()
-    return crop[None, None], highest[None]
 
 
 def degrade(x, task, split="in", depth=None, generator=None):
@@ -515,12 +475,8 @@ def degrade(x, task, split="in", depth=None, generator=None):
     x: (N,3,H,W) in [0,1]; task: one of TASKS; split: "in" or "out" (RANGES); depth: (N,1,h,w), used
     by haze, else depth_prior. Returns (N,3,H,W). Raises ValueError for "out" sr: not published.
     """
-    n, _, h, w = x.shape
-    drawn = draw(task, (h, w), split, generator, n)
-    if task == "haze" and depth is None:
-        depth = torch.cat([depth_prior(h, w, generator) for _ in range(n)])
-        return apply(x, task, drawn, depth, depth_max=1.0)
-    return apply(x, task, drawn, depth)
+    drawn = draw(task, x.shape[2:], split, generator, len(x))
+    return apply(x, task, drawn, depth, generator=generator)
 
 
 # ---- Dead leaves: images with true depth, from a seed alone --------------------------------------
@@ -572,8 +528,8 @@ def _outline(kind, u, v, rng):
 
 
 def _leaf_texture(y, x, u, v, radius, noises, rng):
-    """Relative brightness of a leaf's surface, around 0, at the pixels [y,x], all of them (P,), that
-    are (u,v) on the leaf."""
+    """Relative brightness of a leaf's surface, around 0, at the pixels [y,x], which are (u,v) on
+    the leaf; all of them (P,)."""
     kind = rng.random()
     strength = rng.uniform(0.02, 0.16)
     if rng.random() >= 0.4:                         # most surfaces are smooth
@@ -610,8 +566,8 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
     inside = (_outline(kind, u, v, rng) - np.hypot(u, v)) * radius  # pixels to the edge
-    # The mean colour of what it falls on. cumsum adds pixel after pixel in float32, where mean would
-    # add in parts and round otherwise; scenes of a seed have been made so from the start.
+    # The mean colour of what it falls on. cumsum adds pixel after pixel in float32, where mean adds
+    # in parts and rounds otherwise; scenes of a seed have been made so from the start.
     patch = image[:, top:bottom, left:right].reshape(3, -1)
     around = patch.cumsum(1)[:, -1] / np.float32(inside.size)
     # From here on P pixels alone: the leaf and its shadow, which reaches 0.3 radius + 3 beyond it.
@@ -696,9 +652,6 @@ def _decode(image):
     """An opened image -> (the same in memory, upright and in 8 bits, notes on what was changed).
     Its mode is 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr: what is transparent has an A."""
     notes = []
-    limit = Image.MAX_IMAGE_PIXELS                     # Pillow itself refuses at twice the limit
-    if limit and image.width * image.height > limit:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if getattr(image, "n_frames", 1) > 1:
         notes.append("the first of its frames")
     # Of 16-bit colour Pillow keeps 8 bits and says "RGB"; what it tells its decoder betrays it, as
@@ -726,9 +679,10 @@ def open_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # what matters is said below, in one line
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _decode(image)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
                          "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
                          "(eval.py: --max-pixels N)") from None
@@ -764,8 +718,7 @@ def whole_file(path):
     killed or out of disk half-way leaves no torn file behind that would later be taken for whole.
     """
     path = Path(path)
-    name = hashlib.sha256(repr((path.name, os.getpid())).encode()).hexdigest()[:16]
-    unfinished = path.with_name(f".{name}.tmp")        # short, however long path.name is
+    unfinished = path.with_name(f".{os.getpid()}-{path.name[:40]}.tmp")      # short in any case
     try:
         yield unfinished
         os.replace(unfinished, path)                   # atomic on one disk
@@ -820,6 +773,19 @@ def list_images(folders, say=_say_aside):
     return files
 
 
+def clock(seconds):
+    """Seconds in words: 119 s, 2 min, 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def time_left(start, done, total):
+    """"12 s left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
+    return f"{clock((time.monotonic() - start) / done * (total - done))} left"
+
+
 # ---- Depth files ---------------------------------------------------------------------------------
 
 def read_depth(path):
@@ -838,9 +804,7 @@ def read_depth(path):
         if depth.ndim != 2 or not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
             raise ValueError("expected one channel of numbers, none negative, some positive")
         return depth
-    except ImportError:
-        raise ValueError(f"{path}: needs scipy, which is not installed; save it as .npy") from None
-    except Exception as error:                         # as in open_image
+    except Exception as error:                         # as in open_image; or there is no SciPy
         raise ValueError(f"{path}: not a readable depth map ({error})") from None
 
 
@@ -872,6 +836,57 @@ def find_depths(folders, depth_folder, say=_say_aside):
                 raise ValueError(f"--depth {depth_folder}: {rivals[0]} and {rivals[1]} have the "
                                  "same name; give each map its image's path below its folder")
     return {path: depth for depth, (path,) in users.items()}
+
+
+# ---- A crop of a depth map, enlarged -------------------------------------------------------------
+# A training crop needs a small part of the enlarged depth, and the maximum of all of it. What
+# follows computes just that, so that a crop from a large photo takes no longer.
+
+def _pixels_among(knots, pixels, corners):
+    """Where each of `pixels` lies on the axis 0 .. knots - 1: (pixels,). As F.interpolate does, it
+    rounds the scale to float32, then the result: exact places would change depth by up to 3e-5."""
+    at = torch.arange(pixels, dtype=torch.float64)
+    if corners:                                    # the first and the last pixel lie on knots
+        return (at * float(np.float32((knots - 1) / max(pixels - 1, 1)))).float()
+    return ((at + 0.5) * float(np.float32(knots / pixels)) - 0.5).clamp_min(0).float()
+
+
+def _between(depth, y, x):
+    """Bilinear: depth (h,w) at rows y and columns x, which may be fractions: (len(y),len(x))."""
+    for axis, at in enumerate((y, x)):
+        low = at.long()
+        high = (low + 1).clamp_max(depth.shape[axis] - 1)
+        share = (at - low).unsqueeze(1 - axis)                           # (len(y),1) or (1,len(x))
+        depth = torch.lerp(depth.index_select(axis, low), depth.index_select(axis, high), share)
+    return depth
+
+
+def _outermost(at):
+    """Of the pixels of each cell, from a knot to the next, the first and the last."""
+    start = at.floor().diff() > 0                  # whether a cell ends and the next one starts
+    yes = start.new_ones(1)
+    return at[torch.cat((yes, start)) | torch.cat((start, yes))]
+
+
+def enlarged_crop(depth, size, top, left, edge, corners=False):
+    """A part of F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the
+    rest: rows top .. top + edge - 1, columns likewise, less where `size` ends; (1,1,edge,edge).
+    depth: (1,1,h,w)."""
+    y = _pixels_among(depth.shape[2], size[0], corners)[top:top + edge]
+    x = _pixels_among(depth.shape[3], size[1], corners)[left:left + edge]
+    first = int(x[0])                              # of the columns that the crop lies among
+    return _between(depth[0, 0, :, first:int(x[-1]) + 2], y, x - first)[None, None]
+
+
+def enlarged_maximum(depth, size, corners=False):
+    """The maximum of all that enlarged_crop is a part of, (1,).
+
+    Within a cell, four knots, the surface is straight along either axis. So the highest pixel is
+    one of the four outermost: at most 4 h w to look at, however large the image is.
+    """
+    y = _outermost(_pixels_among(depth.shape[2], size[0], corners))
+    x = _outermost(_pixels_among(depth.shape[3], size[1], corners))
+    return _between(depth[0, 0], y, x).amax()[None]
 
 
 # ---- The cache: decoded images, of which a crop is read without the rest -------------------------
@@ -925,20 +940,16 @@ def _head_size(maker, arguments):
         return 0, 0                                    # it will be named when it is decoded
 
 
-def processes(count):
-    """A pool of processes, one core each; spawned, so whatever runs here does not disturb them."""
-    return ProcessPoolExecutor(count, torch.multiprocessing.get_context("spawn"),
-                               torch.set_num_threads, (1,))
-
-
 def _finished(function, jobs, workers):
-    """Runs function(*arguments) for all jobs, [(key, arguments), ...], in so many processes, or in
-    this one for 0. Yields (key, result) as jobs end; result() gives what came out or raises it."""
+    """Runs function(*arguments) for all jobs, [(key, arguments), ...], in so many processes of
+    one core each, or in this one for 0. Yields (key, result) as jobs end; result() gives what came
+    out or raises it. Processes are spawned, so whatever runs here does not disturb them."""
     if workers == 0:
         for key, arguments in jobs:
             yield key, functools.partial(function, *arguments)
         return
-    with processes(workers) as pool:
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
         keys = {pool.submit(function, *arguments): key for key, arguments in jobs}
         for future in as_completed(keys):
             yield keys[future], future.result
@@ -956,12 +967,18 @@ def _store(maker, arguments, target):
 
 @functools.lru_cache(maxsize=8192)
 def _mapped(path):
-    """An image left on the disk, of which what is used is read. Mapping takes longer than reading
+    """An array left on the disk, of which what is used is read. Mapping takes longer than reading
     a crop, so files stay mapped, which takes no memory. By torch: numpy keeps each file open, and
     a process may have 1,024 open files, or fewer, but some 65,000 maps."""
     head = np.load(path, mmap_mode="r")
-    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
-    return whole[head.offset:].view(head.shape).numpy()
+    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8).numpy()
+    return whole[head.offset:].view(head.dtype).reshape(head.shape)
+
+
+@functools.lru_cache(maxsize=None)
+def _mapped_maximum(path, size):
+    """enlarged_maximum of a depth map, for which all of it has to be read: once."""
+    return enlarged_maximum(torch.from_numpy(_mapped(path))[None, None], size)
 
 
 class ImageCache:
@@ -1001,6 +1018,7 @@ class ImageCache:
         if needed > free:
             raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB, of which "
                              f"{free / 1e9:.1f} are free; name a larger disk's folder with --cache")
+        start = time.monotonic()
         # Starting a process takes seconds: not for few images.
         workers = min(os.cpu_count() or 1, len(jobs) // 32) if len(jobs) >= 64 else 0
         for count, (name, result) in enumerate(_finished(_store, jobs, workers), 1):
@@ -1008,8 +1026,9 @@ class ImageCache:
                 result()
             except ValueError as error:
                 bad[name] = str(error)
-            if count % max(len(jobs) // 10, 25) == 0:
-                say(f"preparing images: {count} of {len(jobs)}")
+            if count % max(len(jobs) // 20, 25) == 0:
+                left = time_left(start, count, len(jobs))
+                say(f"preparing images: {count} of {len(jobs)}, {left}")
         return bad
 
     def _size(self, name):
@@ -1042,9 +1061,13 @@ class ImageCache:
         return torch.from_numpy(part).permute(2, 0, 1)
 
     def depth(self, k):
-        """(1,1,h,w) float32, or None if the image came without."""
+        """(1,1,h,w) float32, mapped as images are, or None if the image came without."""
         path = self.folder / f"{self.names[k]}.depth.npy"
-        return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
+        return torch.from_numpy(_mapped(path))[None, None] if path.exists() else None
+
+    def depth_max(self, k):
+        """Maximum of the depth enlarged to the image's size, (1,)."""
+        return _mapped_maximum(self.folder / f"{self.names[k]}.depth.npy", self.size(k))
 
 
 @functools.lru_cache(maxsize=2)
@@ -1071,21 +1094,11 @@ class ImageFiles(ImageCache):
         depth = _decoded(self.names[k], *self.items[self.names[k]])[1]
         return None if depth is None else torch.from_numpy(depth)[None, None]
 
+    def depth_max(self, k):
+        return enlarged_maximum(self.depth(k), self.size(k))
+
 
 # ---- Writing test sets ---------------------------------------------------------------------------
-
-def clock(seconds):
-    """Seconds in words: 119 s, 2 min, 1 h 05 min."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
-
-
-def time_left(start, done, total):
-    """"12 s left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
-    return f"{clock((time.monotonic() - start) / done * (total - done))} left"
-
 
 def _write_versions(path, name, depth_path, out, split, seed):
     """Writes one image's degraded versions that are not there yet. Returns rows of params.csv."""
@@ -1106,10 +1119,8 @@ def _write_versions(path, name, depth_path, out, split, seed):
             if not (out / target).exists():
                 if task == "sr":
                     y = bicubic_x4(x, stored=True)
-                elif task == "haze" and depth is None:
-                    y = apply(x, task, drawn, depth_prior(*x.shape[2:], g), depth_max=1.0)
                 else:
-                    y = apply(x, task, drawn, depth)
+                    y = apply(x, task, drawn, depth, generator=g)
                 write_image(out / target, to_image(y))
             numbers = [f"{key}={v.item():g}" for key, v in drawn.items() if v.numel() == 1]
             rows.append([target, task, which, g.initial_seed(), " ".join(numbers)])
@@ -1143,32 +1154,28 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     out = Path(out)
     files = find_depths([folder], depth_folder, say)
     settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
-    jobs, names = [], set()
+    jobs = {}
     for path, depth in files.items():
         name = "_".join(path.relative_to(folder).with_suffix("").parts)     # more/c.png: more_c
-        if name in names:
-            raise ValueError(f"{folder}: two images have the same name but for their ending; "
-                             "rename one")
-        names.add(name)
-        jobs.append((path, (path, name, depth, out, split, seed)))
+        if name in jobs:
+            raise ValueError(f"{path}: another image has this name but for its ending; rename one")
+        jobs[name] = path, name, depth, out, split, seed
     plan = out / "params.csv"
     _begin_plan(plan, settings)
     rows, bad, start = {}, [], time.monotonic()
     workers = min(os.cpu_count() or 1, len(jobs))
-    for count, (path, result) in enumerate(_finished(_write_versions, jobs, workers), 1):
+    for count, (name, result) in enumerate(_finished(_write_versions, jobs.items(), workers), 1):
         try:
-            rows[path] = result()
+            rows[name] = result()
         except ValueError as error:
             bad.append(error)
-        rate = count / (time.monotonic() - start)
-        say(f"{count}/{len(files)} {path.name} | {rate:.2f} images/s | "
-            f"{time_left(start, count, len(files))}")
+        say(f"{count}/{len(jobs)} {name} | {time_left(start, count, len(jobs))}")
     with whole_file(plan) as unfinished, open(unfinished, "w", newline="", **_CSV) as file:
         file.write(settings + "\n")
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
-        for path in files:                                 # in their order, whoever came first
-            writer.writerows(rows.get(path, []))
+        for name in jobs:                                  # in their order, whoever came first
+            writer.writerows(rows.get(name, []))
     for error in bad:
         say(f"skipped {error}")
     say(f"{out}: {len(rows)} images in {time.monotonic() - start:.0f} s; "

@@ -44,8 +44,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop, jpeg,
-                     leaf_items, photo_items, prior_knots, read_image, seeded)
+from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop,
+                     enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image, seeded)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
                   input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, task_strips,
                   tune_cpu, validation_pairs)
@@ -284,7 +284,10 @@ def sample(source, tasks, crop, batch, key):
         prior = depth is None
         if prior:
             depth = prior_knots(g)                                              # (1,1,8,8)
-        depth, item["depth_max"] = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
+            item["depth_max"] = enlarged_maximum(depth, (h, w), corners=True)   # (1,)
+        else:
+            item["depth_max"] = source.depth_max(k)
+        depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
         item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
     return item
 

@@ -425,7 +425,7 @@ def test_a_crop_of_the_enlarged_depth_equals_the_wholes(small, size, corners):
     for depth in (torch.rand(1, 1, *small, generator=d.seeded(small)), torch.rand(1, 1, *small, generator=d.seeded(small)).round() + 0.5):
         whole = torch.nn.functional.interpolate(depth, size, mode="bilinear", align_corners=corners)
         for top, left in ((0, 0), (size[0] // 3, size[1] // 4), (max(size[0] - 176, 0), max(size[1] - 176, 0))):
-            crop, highest = d.enlarged_crop(depth, size, top, left, 176, corners)
+            crop, highest = d.enlarged_crop(depth, size, top, left, 176, corners), d.enlarged_maximum(depth, size, corners)
             part = whole[:, :, top:top + 176, left:left + 176]
             assert crop.shape == part.shape and (crop - part).abs().max() <= 1e-6
             assert highest.shape == (1,) and (highest - whole.amax()).abs() <= 1e-6
