@@ -32,7 +32,7 @@ import shutil
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -310,8 +310,9 @@ def _sum_of_streaks(field, least, kernel):
     return layer[41:h, 41:w]
 
 
-def _rain_layer(field, least, kernel, peak):
-    """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42)."""
+def _rain_layer(field, least, kernel, peak, size):
+    """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42);
+    peak, size: as in rain_streaks."""
     field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
     if field.device.type == "cpu":                            # N is 1
         layer = _sum_of_streaks(field[0, 0], least[0, 0], kernel[0, 0])[None, None]
@@ -320,12 +321,14 @@ def _rain_layer(field, least, kernel, peak):
         layer = F.conv2d(drops, kernel, groups=len(kernel)).transpose(0, 1)       # (N,1,H,W)
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
     scale = 255 * peak / (high - low).clamp_min(1e-12)        # a field without drops stays black
+    layer = layer[:, :, :size[0], :size[1]]
     # 1e-9: rounding errors of the sums must not turn a whole number into the one below.
     return layer.sub_(low).mul_(scale).add_(1e-9).floor_().float().div_(255)
 
 
-def rain_streaks(field, density, width, length, angle, peak=1.0):
-    """A layer of rain: (N,1,H,W) in [0,1] in whole grey levels, `peak` at its brightest spot.
+def rain_streaks(field, density, width, length, angle, peak=1.0, size=(None, None)):
+    """A layer of rain: (N,1,H,W) in [0,1] in whole grey levels, `peak` at its brightest spot. Or,
+    normalised with the rest, its upper left corner of (height, width) = size.
 
     field: (N,1,H,W) uniform random numbers in [0,256). density: 50..149; width: 3..11 odd, length:
     20..40, both in pixels; angle: -45..44 degrees.
@@ -334,18 +337,16 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
     field, or a peak below 1 (see train.RAIN_PEAK).
     """
     least = 256 - per_image(density, field, torch.float64) / 100                  # (N,1,1,1)
-    width = per_image(width, field, torch.float64).flatten()                      # (N,)
-    length = per_image(length, field, torch.float64).flatten()
-    angle = per_image(angle, field, torch.float64).flatten()
+    line = [per_image(value, field, torch.float64).flatten() for value in (width, length, angle)]
     # Halo and streak are two correlations with mirrored borders; the halo is symmetric, so that one
     # correlation with both kernels' convolution, 42 x 42, does the same.
     halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
-    kernel = streak_kernels(width, length, angle)[:, None]                        # (N,1,40,40)
+    kernel = streak_kernels(*line)[:, None]                                       # (N,1,40,40)
     kernel = F.conv2d(kernel, halo[None, None], padding=2)                        # (N,1,42,42)
     # A GPU takes all fields together; one at a time stays within a CPU's cache.
     some = 1 if field.device.type == "cpu" else len(field)
     parts = zip(field.split(some), least.split(some), kernel.split(some))
-    return torch.cat([_rain_layer(*part, peak) for part in parts])
+    return torch.cat([_rain_layer(*part, peak, size) for part in parts])
 
 
 def add_rain(x, streaks):
@@ -459,8 +460,7 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0, generator=None):
     """
     drawn = {name: value.to(x.device) for name, value in drawn.items()}
     if task == "rain":
-        streaks = rain_streaks(**drawn, peak=peak)
-        return add_rain(x, streaks[:, :, :x.shape[2], :x.shape[3]])
+        return add_rain(x, rain_streaks(**drawn, peak=peak, size=x.shape[2:]))
     if task == "haze":
         if depth is None:
             depth = torch.cat([depth_prior(*x.shape[2:], generator) for _ in x])
@@ -683,8 +683,7 @@ def open_image(path):
             with Image.open(path) as image:
                 return _decode(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
-                         "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
+        raise ValueError(f"{path}: {error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
                          "(eval.py: --max-pixels N)") from None
     except Exception as error:     # torn and forged files lead decoders to any kind: no list of
         reason = " ".join(str(error).split()) or type(error).__name__         # them stays complete
@@ -766,8 +765,7 @@ def list_images(folders, say=_say_aside):
                 others.append(path.name)
     names = ", ".join(map(str, folders))
     if others:
-        say(f"{names}: passed over {len(others)} files that are not read as images, among them "
-            f"{', '.join(others[:5])}")
+        say(f"{names}: passed over {len(others)} files, no images: {', '.join(others[:5])} ...")
     if not files:
         raise ValueError(f"{names}: no images; looked for {' '.join(SUFFIXES)}")
     return files
@@ -940,19 +938,27 @@ def _head_size(maker, arguments):
         return 0, 0                                    # it will be named when it is decoded
 
 
-def _finished(function, jobs, workers):
-    """Runs function(*arguments) for all jobs, [(key, arguments), ...], in so many processes of
-    one core each, or in this one for 0. Yields (key, result) as jobs end; result() gives what came
-    out or raises it. Processes are spawned, so whatever runs here does not disturb them."""
-    if workers == 0:
-        for key, arguments in jobs:
-            yield key, functools.partial(function, *arguments)
-        return
-    spawn = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
-        keys = {pool.submit(function, *arguments): key for key, arguments in jobs}
-        for future in as_completed(keys):
-            yield keys[future], future.result
+def _run_all(function, jobs, workers, say, doing, every=1):
+    """Runs function(*arguments) for all jobs, {key: arguments}, in so many processes of one core
+    each, or in this one for 0. Returns {key: result} and, where a ValueError came, {key: its text},
+    in the order of their ends. Says how far it is after every so many jobs."""
+    done, bad, start = {}, {}, time.monotonic()
+    spawn = torch.multiprocessing.get_context("spawn")     # undisturbed by whatever runs here
+    pool = ThreadPoolExecutor(1)                           # starting a process takes seconds
+    if workers:
+        pool = ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,))
+    with pool:
+        keys = {pool.submit(function, *arguments): key for key, arguments in jobs.items()}
+        for count, future in enumerate(as_completed(keys), 1):
+            key = keys[future]
+            try:
+                done[key] = future.result()
+            except ValueError as error:
+                bad[key] = str(error)
+            if count % every == 0:
+                left = time_left(start, count, len(jobs))
+                say(f"{doing}: {count} of {len(jobs)}, {left} ({key})")
+    return done, bad
 
 
 def _store(maker, arguments, target):
@@ -1007,10 +1013,10 @@ class ImageCache:
     def _build(self, say):
         """Makes what is missing, in parallel if there is much of it. Returns {name: why not}."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        bad, jobs, needed = {}, [], 0
+        jobs, needed = {}, 0
         for name, (maker, arguments) in self.items.items():
             if not (self.folder / f"{name}.npy").exists():
-                jobs.append((name, (maker, arguments, str(self.folder / name))))
+                jobs[name] = maker, arguments, str(self.folder / name)
                 # 3 bytes of colour a pixel; a leaf's depth, unlike a photo's, is as large: 4 more.
                 pixels = math.prod(_head_size(maker, arguments))
                 needed += pixels * (7 if maker is _make_leaves else 3)
@@ -1018,18 +1024,9 @@ class ImageCache:
         if needed > free:
             raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB, of which "
                              f"{free / 1e9:.1f} are free; name a larger disk's folder with --cache")
-        start = time.monotonic()
-        # Starting a process takes seconds: not for few images.
         workers = min(os.cpu_count() or 1, len(jobs) // 32) if len(jobs) >= 64 else 0
-        for count, (name, result) in enumerate(_finished(_store, jobs, workers), 1):
-            try:
-                result()
-            except ValueError as error:
-                bad[name] = str(error)
-            if count % max(len(jobs) // 20, 25) == 0:
-                left = time_left(start, count, len(jobs))
-                say(f"preparing images: {count} of {len(jobs)}, {left}")
-        return bad
+        every = max(len(jobs) // 20, 25)
+        return _run_all(_store, jobs, workers, say, "preparing images", every)[1]
 
     def _size(self, name):
         return np.load(self.folder / f"{name}.npy", mmap_mode="r").shape[:2]
@@ -1139,8 +1136,7 @@ def _begin_plan(plan, settings):
     elif (plan.parent / "original").exists():
         before = "# not written by degrade.py"
     if before != settings:
-        raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); "
-                         "choose another folder")
+        raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); name another")
     plan.parent.mkdir(parents=True, exist_ok=True)
     plan.write_text(settings + "\n", **_CSV)
 
@@ -1162,24 +1158,17 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
         jobs[name] = path, name, depth, out, split, seed
     plan = out / "params.csv"
     _begin_plan(plan, settings)
-    rows, bad, start = {}, [], time.monotonic()
     workers = min(os.cpu_count() or 1, len(jobs))
-    for count, (name, result) in enumerate(_finished(_write_versions, jobs.items(), workers), 1):
-        try:
-            rows[name] = result()
-        except ValueError as error:
-            bad.append(error)
-        say(f"{count}/{len(jobs)} {name} | {time_left(start, count, len(jobs))}")
+    rows, bad = _run_all(_write_versions, jobs, workers, say, "degrading images")
     with whole_file(plan) as unfinished, open(unfinished, "w", newline="", **_CSV) as file:
         file.write(settings + "\n")
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
         for name in jobs:                                  # in their order, whoever came first
             writer.writerows(rows.get(name, []))
-    for error in bad:
-        say(f"skipped {error}")
-    say(f"{out}: {len(rows)} images in {time.monotonic() - start:.0f} s; "
-        f"next: python eval.py CKPT --testsets {out}")
+    for reason in bad.values():
+        say(f"skipped {reason}")
+    say(f"{out}: {len(rows)} images; next: python eval.py CKPT --testsets {out}")
     return len(bad)
 
 

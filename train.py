@@ -315,22 +315,21 @@ def clean_sample(source, k, edge, below):
 def make_batch(samples, crop, device):
     """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS,
     len(TASKS) for "none"."""
-    canvas = torch.stack([s["canvas"] for s in samples])                        # (N,3,edge,edge)
+    canvas = torch.stack([s["canvas"] for s in samples])            # (N,3,edge,edge) of uint8
     canvas = canvas.to(device, non_blocking=True)
-    lq = torch.empty(len(samples), 3, crop, crop, device=device)
-    gt = torch.empty_like(lq)
+    lq, gt = [None] * len(samples), [None] * len(samples)
     for task in ANSWERS:                              # all images of a task at once
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         if rows:
             x = canvas[rows].float() / 255                                      # (n,3,edge,edge)
             y = degrade_group(x, task, [samples[i] for i in rows])
-            for i, *pair in zip(rows, y, x):
+            for i, degraded in zip(rows, y):
                 top, left = samples[i]["offset"]
-                for whole, out in zip(pair, (lq, gt)):
-                    part = whole[:, top:top + crop, left:left + crop]           # (3,crop,crop)
-                    out[i] = turned(part, samples[i]["turn"])
+                inside = slice(top, top + crop), slice(left, left + crop)
+                lq[i] = turned(degraded[:, *inside], samples[i]["turn"])        # (3,crop,crop)
+                gt[i] = turned(canvas[i][:, *inside], samples[i]["turn"])
     task = torch.tensor([ANSWERS.index(s["task"]) for s in samples], device=device)
-    return lq, gt, task
+    return torch.stack(lq), torch.stack(gt).float() / 255, task
 
 
 # Degrading is done a task at a time: seven calls for a batch, each over all its images of that
