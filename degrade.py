@@ -978,7 +978,8 @@ def _mapped(path):
     a process may have 1,024 open files, or fewer, but some 65,000 maps."""
     head = np.load(path, mmap_mode="r")
     whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8).numpy()
-    return whole[head.offset:].view(head.dtype).reshape(head.shape)
+    order = "F" if np.isfortran(head) else "C"             # by columns, as a .mat, or by rows
+    return whole[head.offset:].view(head.dtype).reshape(head.shape, order=order)
 
 
 @functools.lru_cache(maxsize=None)
