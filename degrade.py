@@ -316,7 +316,7 @@ def _rain_layer(field, least, kernel, peak, size):
     field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
     if field.device.type == "cpu":                            # N is 1
         layer = _sum_of_streaks(field[0, 0], least[0, 0], kernel[0, 0])[None, None]
-    else:                      # a GPU computes all products sooner than it counts the drops
+    else:           # a GPU would add the streaks in any order, and round as it comes: all products
         drops = torch.where(field >= least, field, 0).double().transpose(0, 1)    # (1,N,H+41,W+41)
         layer = F.conv2d(drops, kernel, groups=len(kernel)).transpose(0, 1)       # (N,1,H,W)
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)

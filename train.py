@@ -284,9 +284,8 @@ def sample(source, tasks, crop, batch, key):
         prior = depth is None
         if prior:
             depth = prior_knots(g)                                              # (1,1,8,8)
-            item["depth_max"] = enlarged_maximum(depth, (h, w), corners=True)   # (1,)
-        else:
-            item["depth_max"] = source.depth_max(k)
+        # (1,): of the whole image, however small the crop.
+        item["depth_max"] = enlarged_maximum(depth, (h, w), True) if prior else source.depth_max(k)
         depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
         item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
     return item

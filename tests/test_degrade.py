@@ -49,6 +49,15 @@ def test_equals_the_published_degradation(case):
         assert np.abs(layer).mean() <= 1e-3 and np.abs(layer).max() <= 1
 
 
+def test_streaks_added_drop_by_drop_equal_the_correlation():
+    """Which is what a GPU computes."""
+    field = torch.rand(1, 1, 91, 101, generator=d.seeded("drops")) * 256
+    kernel = torch.rand(42, 42, dtype=torch.float64, generator=d.seeded("kernel"))
+    drops = torch.where(field >= 250, field, 0).double()
+    whole = torch.nn.functional.conv2d(drops, kernel[None, None])[0, 0]
+    assert (d._sum_of_streaks(field[0, 0], torch.tensor(250.0), kernel) - whole).abs().max() < 1e-9
+
+
 def test_jpeg_tables_are_transposed_as_published():
     turned = d.jpeg(photo().mT, 10).mT          # what the standard's own orientation would give
     assert np.abs((turned - d.jpeg(photo(), 10)).numpy()).mean() * 255 > 0.5
