@@ -45,7 +45,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop,
-                     enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image, seeded)
+                     enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image,
+                     seeded)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
                   input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, task_strips,
                   tune_cpu, validation_pairs)
