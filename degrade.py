@@ -32,7 +32,7 @@ import shutil
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def quantize(x):
     Every degradation ends with it, because the published images went through 8-bit files: a network
     trained on finer numbers would meet steps in the test images that it has never seen.
     """
-    return (x * 255).round().clamp(0, 255) / 255
+    return (x * 255).round_().clamp_(0, 255).div_(255)
 
 
 def per_image(value, x, dtype=torch.float32):
@@ -105,18 +105,21 @@ def gaussian_blur(x, kernel_size, sigma):
 
     kernel_size: odd, at most 21; sigma in pixels. Borders are reflected without repeating the edge.
     """
-    n, _, h, w = x.shape
     radius = per_image(kernel_size, x)[:, 0, 0] // 2                              # (N,1)
     taps = gaussian_taps(radius, per_image(sigma, x)[:, 0, 0], room=10)           # (N,21)
-    # Each image has its own kernel, which conv2d does not know of; but each *group of channels* may
-    # have one. So the images of the batch are laid side by side as 3N channels of a single image.
-    taps = taps.repeat_interleave(3, 0)                                           # (3N,21)
-    x = reflect_pad(x, 10, 10, 10, 10).flatten(0, 1)[None]                        # (1,3N,H+20,W+20)
+    # If all images have one size of kernel, the zeros beyond it are left out.
+    room = 10 if torch.is_tensor(kernel_size) else kernel_size // 2
+    taps = taps[:, 10 - room:11 + room, None, None, None]             # taps[:, k]: (N,1,1,1)
+    sizes = x.shape
+    x = reflect_pad(x, room, room, room, room)
     # exp(-(i^2 + j^2) / (2 sigma^2)) is a product: down the columns, then along the rows, which is
     # 21 + 21 multiplications per pixel instead of 21 x 21.
-    x = F.conv2d(x, taps[:, None, :, None], groups=3 * n)                         # (1,3N,H,W+20)
-    x = F.conv2d(x, taps[:, None, None, :], groups=3 * n)                         # (1,3N,H,W)
-    return quantize(x.view(n, 3, h, w))
+    for axis in (2, 3):
+        blurred = taps[:, 0] * x.narrow(axis, 0, sizes[axis])
+        for k in range(1, 2 * room + 1):             # the image, shifted by k pixels
+            blurred.addcmul_(taps[:, k], x.narrow(axis, k, sizes[axis]))
+        x = blurred
+    return quantize(x)
 
 
 def add_noise(x, sigma, noise=None):
@@ -289,41 +292,43 @@ def streak_kernels(width, length, angle):
     return blur @ streak @ blur.mT                                # B S B^T: columns, then rows
 
 
-def _fast_size(n):
-    """The next size from n on without prime factors above 5: Fourier transforms like those."""
-    while True:
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 1
+def _sum_of_streaks(field, least, kernel):
+    """Step 3 of one image, drop by drop. field: (H+41,W+41); kernel: (42,42). Returns (H,W).
+
+    Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], takes 42 x 42 products a
+    pixel. Seen from the drop, one at [r,c] adds drops[r,c] kernel[i,j] to out[r-i,c-j]: it leaves
+    the kernel turned by half. Few pixels are drops, so this takes a thousandth of the work.
+    """
+    h, w = field.shape
+    streak = kernel.flip(0, 1)                                # what a drop of 1 leaves
+    drop, part = (field >= least).nonzero(), streak.nonzero()                     # (D,2), (P,2)
+    place = torch.tensor((w + 41, 1))                         # [row,column] as one number
+    at = (drop @ place)[:, None] + part @ place                                   # (D,P)
+    light = field[*drop.T].double()[:, None] * streak[*part.T]                    # (D,P)
+    layer = light.new_zeros(h + 41, w + 41)                   # with room for the streaks' ends
+    layer.view(-1).index_add_(0, at.flatten(), light.flatten())
+    return layer[41:h, 41:w]
 
 
-def _rain_layer(field, least, kernel, peak):
-    """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42)."""
-    h, w = field.shape[2:]
-    drops = torch.where(field >= least, field, 0).double()
-    # Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], by way of frequencies:
-    # the transform of the result is the transform of the drops times the conjugate of the kernel's
-    # (a convolution would take the kernel's as it is). Pixel by pixel it would be 42 x 42 products.
-    drops = reflect_pad(drops, 21, 20, 21, 20)              # as far as the kernel reaches
-    rows = _fast_size(h + 41)
-    columns = _fast_size(w + 41)
-    spectrum = torch.fft.rfft2(drops, s=(rows, columns))
-    kernel = torch.fft.rfft(kernel, columns)                # along rows first: only 42 are not zero
-    kernel = torch.fft.fft(kernel, rows, dim=2)
-    spectrum *= kernel.conj()
-    layer = torch.fft.irfft2(spectrum, s=(rows, columns))[:, :, :h, :w]
+def _rain_layer(field, least, kernel, peak, size):
+    """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42);
+    peak, size: as in rain_streaks."""
+    field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
+    if field.device.type == "cpu":                            # N is 1
+        layer = _sum_of_streaks(field[0, 0], least[0, 0], kernel[0, 0])[None, None]
+    else:           # a GPU would add the streaks in any order, and round as it comes: all products
+        drops = torch.where(field >= least, field, 0).double().transpose(0, 1)    # (1,N,H+41,W+41)
+        layer = F.conv2d(drops, kernel, groups=len(kernel)).transpose(0, 1)       # (N,1,H,W)
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
-    scale = 255 * peak / (high - low).clamp_min(1e-12)      # a field without drops stays black
-    # 1e-9: rounding errors of the transforms must not turn a whole number into the one below.
-    return ((layer - low) * scale + 1e-9).floor_().float() / 255
+    scale = 255 * peak / (high - low).clamp_min(1e-12)        # a field without drops stays black
+    layer = layer[:, :, :size[0], :size[1]]
+    # 1e-9: rounding errors of the sums must not turn a whole number into the one below.
+    return layer.sub_(low).mul_(scale).add_(1e-9).floor_().float().div_(255)
 
 
-def rain_streaks(field, density, width, length, angle, peak=1.0):
-    """A layer of rain: (N,1,H,W) in [0,1] in whole grey levels, `peak` at its brightest spot.
+def rain_streaks(field, density, width, length, angle, peak=1.0, size=(None, None)):
+    """A layer of rain: (N,1,H,W) in [0,1] in whole grey levels, `peak` at its brightest spot. Or,
+    normalised with the rest, its upper left corner of (height, width) = size.
 
     field: (N,1,H,W) uniform random numbers in [0,256). density: 50..149; width: 3..11 odd, length:
     20..40, both in pixels; angle: -45..44 degrees.
@@ -332,18 +337,16 @@ def rain_streaks(field, density, width, length, angle, peak=1.0):
     field, or a peak below 1 (see train.RAIN_PEAK).
     """
     least = 256 - per_image(density, field, torch.float64) / 100                  # (N,1,1,1)
-    width = per_image(width, field, torch.float64).flatten()                      # (N,)
-    length = per_image(length, field, torch.float64).flatten()
-    angle = per_image(angle, field, torch.float64).flatten()
+    line = [per_image(value, field, torch.float64).flatten() for value in (width, length, angle)]
     # Halo and streak are two correlations with mirrored borders; the halo is symmetric, so that one
     # correlation with both kernels' convolution, 42 x 42, does the same.
     halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
-    kernel = streak_kernels(width, length, angle)[:, None]                        # (N,1,40,40)
+    kernel = streak_kernels(*line)[:, None]                                       # (N,1,40,40)
     kernel = F.conv2d(kernel, halo[None, None], padding=2)                        # (N,1,42,42)
     # A GPU takes all fields together; one at a time stays within a CPU's cache.
     some = 1 if field.device.type == "cpu" else len(field)
     parts = zip(field.split(some), least.split(some), kernel.split(some))
-    return torch.cat([_rain_layer(*part, peak) for part in parts])
+    return torch.cat([_rain_layer(*part, peak, size) for part in parts])
 
 
 def add_rain(x, streaks):
@@ -387,6 +390,27 @@ def bicubic_x4(x, stored=False):
     return quantize(F.interpolate(small, (h, w), mode="bicubic"))
 
 
+# ---- Depth for a photo without a depth map -------------------------------------------------------
+# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
+# needs no download, but its haze is smoother than theirs.
+
+def prior_knots(generator=None):
+    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
+
+    Returns (1,1,8,8) in (0,1]: knots spread evenly over the image, from corner to corner.
+    """
+    down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
+    knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
+    return (knots / knots.max()).clamp_min(0.05)[None, None]
+
+
+def depth_prior(height, width, generator=None):
+    """prior_knots enlarged to an image's size: (1,1,H,W). Its maximum counts as 1 wherever the
+    image is cropped."""
+    knots = prior_knots(generator)
+    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
+
+
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
 # Apart from each other, because training draws on the CPU, in worker processes if there are some,
 # and applies to whole batches on the GPU.
@@ -417,8 +441,8 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     if task == "noise":
         drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
     if task == "rain":
-        size = size if rain_field is None else rain_field
-        drawn["field"] = torch.rand(n, 1, *size, generator=generator) * 256
+        size = rain_field or size
+        drawn["field"] = torch.rand(n, 1, *size, generator=generator).mul_(256)
     return drawn
 
 
@@ -427,84 +451,22 @@ DEGRADATIONS = {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark":
                 "sr": bicubic_x4}
 
 
-def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0):
+def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0, generator=None):
     """Degrades x (N,3,H,W), on its device, by what `draw` gave.
 
-    depth, depth_max: haze's alone, as in add_haze. peak: rain's alone, as in rain_streaks; of a
-    rain field larger than x, the upper left corner is used, normalised with the rest.
+    depth, depth_max: haze's alone, as in add_haze; without depth, depth_prior draws one for each
+    image from the generator. peak: rain's alone, as in rain_streaks; of a rain field larger than x,
+    the upper left corner is used, normalised with the rest.
     """
     drawn = {name: value.to(x.device) for name, value in drawn.items()}
     if task == "rain":
-        streaks = rain_streaks(**drawn, peak=peak)
-        return add_rain(x, streaks[:, :, :x.shape[2], :x.shape[3]])
+        return add_rain(x, rain_streaks(**drawn, peak=peak, size=x.shape[2:]))
     if task == "haze":
+        if depth is None:
+            depth = torch.cat([depth_prior(*x.shape[2:], generator) for _ in x])
+            depth_max = 1.0
         return add_haze(x, depth.to(x), **drawn, depth_max=depth_max)
     return DEGRADATIONS[task](x, **drawn)
-
-
-# ---- Depth for a photo without a depth map -------------------------------------------------------
-# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
-# needs no download, but its haze is smoother than theirs.
-
-def prior_knots(generator=None):
-    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
-
-    Returns (1,1,8,8) in (0,1]: knots spread evenly over the image, from corner to corner.
-    """
-    down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
-    knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
-    return (knots / knots.max()).clamp_min(0.05)[None, None]
-
-
-def depth_prior(height, width, generator=None):
-    """prior_knots enlarged to an image's size: (1,1,H,W). Its maximum counts as 1 wherever the
-    image is cropped."""
-    knots = prior_knots(generator)
-    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
-
-
-# A training crop needs a small part of the enlarged depth, and the maximum of all of it. What
-# follows computes just that, so that a crop from a large photo takes no longer.
-
-def _pixels_among(knots, pixels, corners):
-    """Where each of `pixels` lies on the axis 0 .. knots - 1: (pixels,). As F.interpolate does, it
-    rounds the scale to float32, then the result: exact places would change depth by up to 3e-5."""
-    at = torch.arange(pixels, dtype=torch.float64)
-    if corners:                                    # the first and the last pixel lie on knots
-        return (at * float(np.float32((knots - 1) / max(pixels - 1, 1)))).float()
-    return ((at + 0.5) * float(np.float32(knots / pixels)) - 0.5).clamp_min(0).float()
-
-
-def _between(depth, y, x):
-    """Bilinear: depth (h,w) at rows y and columns x, which may be fractions: (len(y),len(x))."""
-    for axis, at in enumerate((y, x)):
-        low = at.long()
-        high = (low + 1).clamp_max(depth.shape[axis] - 1)
-        share = (at - low).unsqueeze(1 - axis)                           # (len(y),1) or (1,len(x))
-        depth = torch.lerp(depth.index_select(axis, low), depth.index_select(axis, high), share)
-    return depth
-
-
-def _outermost(at):
-    """Of the pixels of each cell, from a knot to the next, the first and the last."""
-    start = at.floor().diff() > 0                  # whether a cell ends and the next one starts
-    yes = start.new_ones(1)
-    return at[torch.cat((yes, start)) | torch.cat((start, yes))]
-
-
-def enlarged_crop(depth, size, top, left, edge, corners=False):
-    """A part of F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the
-    rest: rows top .. top + edge - 1, columns likewise, less where `size` ends; (1,1,edge,edge). And
-    the maximum of the WHOLE, (1,). depth: (1,1,h,w).
-
-    Within a cell, four knots, the surface is straight along either axis. So the highest pixel is
-    one of the four outermost: at most 4 h w to look at, however large the image is.
-    """
-    y = _pixels_among(depth.shape[2], size[0], corners)
-    x = _pixels_among(depth.shape[3], size[1], corners)
-    crop = _between(depth[0, 0], y[top:top + edge], x[left:left + edge])
-    highest = _between(depth[0, 0], _outermost(y), _outermost(x)).amax()
-    return crop[None, None], highest[None]
 
 
 def degrade(x, task, split="in", depth=None, generator=None):
@@ -513,12 +475,8 @@ def degrade(x, task, split="in", depth=None, generator=None):
     x: (N,3,H,W) in [0,1]; task: one of TASKS; split: "in" or "out" (RANGES); depth: (N,1,h,w), used
     by haze, else depth_prior. Returns (N,3,H,W). Raises ValueError for "out" sr: not published.
     """
-    n, _, h, w = x.shape
-    drawn = draw(task, (h, w), split, generator, n)
-    if task == "haze" and depth is None:
-        depth = torch.cat([depth_prior(h, w, generator) for _ in range(n)])
-        return apply(x, task, drawn, depth, depth_max=1.0)
-    return apply(x, task, drawn, depth)
+    drawn = draw(task, x.shape[2:], split, generator, len(x))
+    return apply(x, task, drawn, depth, generator=generator)
 
 
 # ---- Dead leaves: images with true depth, from a seed alone --------------------------------------
@@ -534,45 +492,44 @@ _PALETTE = np.array([
     (222, 182, 70), (140, 96, 146), (238, 234, 226), (24, 24, 28)], dtype=np.float32) / 255
 
 
+@functools.lru_cache(maxsize=8)
+def _falloff(height, width, slope):
+    """1 / frequency^slope, laid out as numpy's rfft2 does: (H,W/2 + 1)."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf                                  # no constant part: the mean is 0
+    return frequency ** -slope
+
+
 def spectrum_noise(height, width, slope, rng):
     """Gaussian noise whose amplitude falls as 1 / frequency^slope: (H,W), mean 0, deviation 1.
 
     slope 0 is white noise, each pixel on its own; the larger it is, the softer are the clouds.
     """
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf                                  # no constant part: the mean is 0
     white = np.fft.rfft2(rng.standard_normal((height, width)))
-    noise = np.fft.irfft2(white * frequency ** -slope, s=(height, width))
+    noise = np.fft.irfft2(white * _falloff(height, width, slope), s=(height, width))
     return ((noise - noise.mean()) / noise.std()).astype(np.float32)
 
 
-def _backdrop(height, width, palette, noises, rng):
-    """What lies behind all leaves: a smooth change of colour from top to bottom; far at the top."""
-    down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]             # (H,1,1)
-    noise = rng.uniform(0, 0.03) * noises[2][..., None]
-    image = palette[0] * (1 - down) + palette[1] * down + noise                   # (H,W,3)
-    depth = np.broadcast_to(1 - 0.25 * down[..., 0], (height, width))             # 1 to 0.75
-    return image.astype(np.float32), depth.astype(np.float32)
-
-
-def _outline(kind, theta, rng):
-    """Radius of a leaf's outline in direction theta (radians, any shape), of about 1."""
+def _outline(kind, u, v, rng):
+    """Radius of a leaf's outline, of about 1, in the direction of the points (u,v), any shape."""
+    if kind == "disc":                              # stretched, an ellipse or a stem
+        return 1
+    theta = np.arctan2(v, u)
     if kind == "polygon":                           # 3 to 6 sides; each side is a straight line,
         corner = 2 * np.pi / rng.integers(3, 7)     # r cos(angle from the side's middle) = constant
         return np.cos(corner / 2) / np.cos((theta % corner) - corner / 2) * 1.2
     if kind == "box":                               # superellipse |x|^p + |y|^p = 1: between a disc
         p = rng.uniform(3, 9)                       # (p = 2) and a square (p large)
         return (np.abs(np.cos(theta)) ** p + np.abs(np.sin(theta)) ** p + 1e-9) ** (-1 / p)
-    if kind == "blob":                              # a circle with waves, 2 to 6 periods around it
-        waves = 0
-        for k in range(2, 7):
-            waves = waves + rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
-        return 1 + waves
-    return np.ones_like(theta)                      # "disc"; stretched, an ellipse or a stem
+    waves = 0                                       # "blob": a circle with 2 to 6 waves around it
+    for k in range(2, 7):
+        waves = waves + rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
+    return 1 + waves
 
 
-def _leaf_texture(u, v, top, left, radius, noises, rng):
-    """Relative brightness of a leaf's surface, around 0: (h,w). u, v: (h,w), see _paint_leaf."""
+def _leaf_texture(y, x, u, v, radius, noises, rng):
+    """Relative brightness of a leaf's surface, around 0, at the pixels [y,x], which are (u,v) on
+    the leaf; all of them (P,)."""
     kind = rng.random()
     strength = rng.uniform(0.02, 0.16)
     if rng.random() >= 0.4:                         # most surfaces are smooth
@@ -583,9 +540,8 @@ def _leaf_texture(u, v, top, left, radius, noises, rng):
         texture = np.sin(frequency * np.pi * across + rng.uniform(0, 7))
     else:                                           # a piece of one of the noises, anywhere in it
         noise = noises[rng.integers(len(noises))]
-        rows = np.arange(top, top + u.shape[0]) + rng.integers(0, noise.shape[0])
-        columns = np.arange(left, left + u.shape[1]) + rng.integers(0, noise.shape[1])
-        texture = noise[rows[:, None] % noise.shape[0], columns % noise.shape[1]]
+        y, x = y + rng.integers(0, noise.shape[0]), x + rng.integers(0, noise.shape[1])
+        texture = noise[y % noise.shape[0], x % noise.shape[1]]
     angle = rng.uniform(0, 2 * np.pi)               # shading: light from one side, and a bulge
     slope, bulge = rng.uniform(0, 0.25), rng.uniform(0, 0.12)
     shading = slope * (u * np.cos(angle) + v * np.sin(angle)) - bulge * (u * u + v * v)
@@ -593,7 +549,7 @@ def _leaf_texture(u, v, top, left, radius, noises, rng):
 
 
 def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
-    """Paints one leaf into image (H,W,3) and depth (H,W), over what is there, where it reaches."""
+    """Paints one leaf into image (3,H,W) and depth (H,W), over what is there, where it reaches."""
     height, width = depth.shape
     # Its centre, which may lie a little outside the image.
     cy, cx = rng.uniform(-0.1, 1.1) * height, rng.uniform(-0.1, 1.1) * width
@@ -609,18 +565,26 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     u = ((np.cos(angle) * x + np.sin(angle) * y) / (radius * stretch)).astype(np.float32)
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
-    inside = (_outline(kind, np.arctan2(v, u), rng) - np.hypot(u, v)) * radius  # pixels to the edge
+    inside = (_outline(kind, u, v, rng) - np.hypot(u, v)) * radius  # pixels to the edge
+    # The mean colour of what it falls on. cumsum adds pixel after pixel in float32, where mean adds
+    # in parts and rounds otherwise; scenes of a seed have been made so from the start.
+    patch = image[:, top:bottom, left:right].reshape(3, -1)
+    around = patch.cumsum(1)[:, -1] / np.float32(inside.size)
+    # From here on P pixels alone: the leaf and its shadow, which reaches 0.3 radius + 3 beyond it.
+    y, x = np.nonzero(inside > -(0.3 * radius + 3))
+    u, v, inside = u[y, x], v[y, x], inside[y, x]
+    y, x = y + top, x + left
     edge = rng.uniform(0.5, 1.2)                                # width of its soft edge, in pixels
-    cover = np.clip(inside / edge + 0.5, 0, 1)[..., None]       # 1 on the leaf, 0 beside it
-    shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1)[..., None] * rng.uniform(0, 0.3)
-    texture = _leaf_texture(u, v, top, left, radius, noises, rng)[..., None]
-    patch = image[top:bottom, left:right]                       # a view: what follows paints image
+    cover = np.clip(inside / edge + 0.5, 0, 1)                  # 1 on the leaf, 0 beside it
+    shadow = np.clip(inside / (0.3 * radius + 3) + 1, 0, 1) * rng.uniform(0, 0.3)
+    texture = _leaf_texture(y, x, u, v, radius, noises, rng)
     colour = palette[rng.integers(len(palette))] * np.exp(rng.normal(0, 0.35))
     colour += rng.normal(0, 0.02, 3)
-    colour += rng.uniform(0, 0.9) * (patch.mean((0, 1)) - colour)         # akin to its surroundings
-    patch *= 1 - shadow * (1 - cover)                                     # its shadow falls beside
-    patch += cover * (np.clip(colour, 0.02, 1) * (1 + texture) - patch)
-    depth[top:bottom, left:right][cover[..., 0] > 0.5] = leaf_depth
+    colour += rng.uniform(0, 0.9) * (around - colour)           # akin to its surroundings
+    colour = np.clip(colour, 0.02, 1)[:, None] * (1 + texture)                    # (3,P)
+    behind = image[:, y, x] * (1 - shadow * (1 - cover))        # its shadow falls beside
+    image[:, y, x] = behind + cover * (colour - behind)
+    depth[y[cover > 0.5], x[cover > 0.5]] = leaf_depth
 
 
 def dead_leaves(height, width, generator):
@@ -636,7 +600,12 @@ def dead_leaves(height, width, generator):
     noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
     # Few colours in a scene: four of the palette, all tinted alike.
     palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
-    image, depth = _backdrop(height, width, palette, noises, rng)
+    # Behind all leaves: a smooth change of colour from top to bottom; far (1 to 0.75) at the top.
+    down = np.linspace(0, 1, height, dtype=np.float32)[:, None]                   # (H,1)
+    top, bottom = palette[:2, :, None, None]                                      # (3,1,1) each
+    image = top * (1 - down) + bottom * down + rng.uniform(0, 0.03) * noises[2]
+    image = image.astype(np.float32)                                              # (3,H,W)
+    depth = (1 - 0.25 * down).repeat(width, 1)                                    # (H,W)
     smallest = np.exp(rng.uniform(np.log(3), np.log(12)))       # s: the least radius
     largest = max(height, width) / 2.5                          # l: the greatest
     # The mean area of leaves under r^-3 is 2 pi s^2 log(l / s): enough of them for 0.7 images.
@@ -645,8 +614,8 @@ def dead_leaves(height, width, generator):
     radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
     for k, radius in enumerate(radii):                          # from far (0.75) to near (0.05)
         _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
-    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))[..., None]     # uneven light
-    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2))).permute(2, 0, 1)[None]
+    image *= np.exp(0.2 * spectrum_noise(height, width, 2.2, rng))                # uneven light
+    image = torch.from_numpy(image * np.float32(rng.uniform(0.8, 1.2)))[None]
     image = gaussian_blur(image.clamp(0, 1), 7, rng.uniform(0.2, 0.5))            # the lens
     return image, torch.from_numpy(depth)[None, None]
 
@@ -683,9 +652,6 @@ def _decode(image):
     """An opened image -> (the same in memory, upright and in 8 bits, notes on what was changed).
     Its mode is 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr: what is transparent has an A."""
     notes = []
-    limit = Image.MAX_IMAGE_PIXELS                     # Pillow itself refuses at twice the limit
-    if limit and image.width * image.height > limit:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if getattr(image, "n_frames", 1) > 1:
         notes.append("the first of its frames")
     # Of 16-bit colour Pillow keeps 8 bits and says "RGB"; what it tells its decoder betrays it, as
@@ -713,11 +679,11 @@ def open_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # what matters is said below, in one line
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _decode(image)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: beyond the limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
-                         "if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
                          "(eval.py: --max-pixels N)") from None
     except Exception as error:     # torn and forged files lead decoders to any kind: no list of
         reason = " ".join(str(error).split()) or type(error).__name__         # them stays complete
@@ -751,8 +717,7 @@ def whole_file(path):
     killed or out of disk half-way leaves no torn file behind that would later be taken for whole.
     """
     path = Path(path)
-    name = hashlib.sha256(repr((path.name, os.getpid())).encode()).hexdigest()[:16]
-    unfinished = path.with_name(f".{name}.tmp")        # short, however long path.name is
+    unfinished = path.with_name(f".{os.getpid()}-{path.name[:40]}.tmp")      # short in any case
     try:
         yield unfinished
         os.replace(unfinished, path)                   # atomic on one disk
@@ -807,6 +772,19 @@ def list_images(folders, say=_say_aside):
     return files
 
 
+def clock(seconds):
+    """Seconds in words: 119 s, 2 min, 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def time_left(start, done, total):
+    """"12 s left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
+    return f"{clock((time.monotonic() - start) / done * (total - done))} left"
+
+
 # ---- Depth files ---------------------------------------------------------------------------------
 
 def read_depth(path):
@@ -825,9 +803,7 @@ def read_depth(path):
         if depth.ndim != 2 or not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
             raise ValueError("expected one channel of numbers, none negative, some positive")
         return depth
-    except ImportError:
-        raise ValueError(f"{path}: needs scipy, which is not installed; save it as .npy") from None
-    except Exception as error:                         # as in open_image
+    except Exception as error:                         # as in open_image; or there is no SciPy
         raise ValueError(f"{path}: not a readable depth map ({error})") from None
 
 
@@ -859,6 +835,57 @@ def find_depths(folders, depth_folder, say=_say_aside):
                 raise ValueError(f"--depth {depth_folder}: {rivals[0]} and {rivals[1]} have the "
                                  "same name; give each map its image's path below its folder")
     return {path: depth for depth, (path,) in users.items()}
+
+
+# ---- A crop of a depth map, enlarged -------------------------------------------------------------
+# A training crop needs a small part of the enlarged depth, and the maximum of all of it. What
+# follows computes just that, so that a crop from a large photo takes no longer.
+
+def _pixels_among(knots, pixels, corners):
+    """Where each of `pixels` lies on the axis 0 .. knots - 1: (pixels,). As F.interpolate does, it
+    rounds the scale to float32, then the result: exact places would change depth by up to 3e-5."""
+    at = torch.arange(pixels, dtype=torch.float64)
+    if corners:                                    # the first and the last pixel lie on knots
+        return (at * float(np.float32((knots - 1) / max(pixels - 1, 1)))).float()
+    return ((at + 0.5) * float(np.float32(knots / pixels)) - 0.5).clamp_min(0).float()
+
+
+def _between(depth, y, x):
+    """Bilinear: depth (h,w) at rows y and columns x, which may be fractions: (len(y),len(x))."""
+    for axis, at in enumerate((y, x)):
+        low = at.long()
+        high = (low + 1).clamp_max(depth.shape[axis] - 1)
+        share = (at - low).unsqueeze(1 - axis)                           # (len(y),1) or (1,len(x))
+        depth = torch.lerp(depth.index_select(axis, low), depth.index_select(axis, high), share)
+    return depth
+
+
+def _outermost(at):
+    """Of the pixels of each cell, from a knot to the next, the first and the last."""
+    start = at.floor().diff() > 0                  # whether a cell ends and the next one starts
+    yes = start.new_ones(1)
+    return at[torch.cat((yes, start)) | torch.cat((start, yes))]
+
+
+def enlarged_crop(depth, size, top, left, edge, corners=False):
+    """A part of F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the
+    rest: rows top .. top + edge - 1, columns likewise, less where `size` ends; (1,1,edge,edge).
+    depth: (1,1,h,w)."""
+    y = _pixels_among(depth.shape[2], size[0], corners)[top:top + edge]
+    x = _pixels_among(depth.shape[3], size[1], corners)[left:left + edge]
+    first = int(x[0])                              # of the columns that the crop lies among
+    return _between(depth[0, 0, :, first:int(x[-1]) + 2], y, x - first)[None, None]
+
+
+def enlarged_maximum(depth, size, corners=False):
+    """The maximum of all that enlarged_crop is a part of, (1,).
+
+    Within a cell, four knots, the surface is straight along either axis. So the highest pixel is
+    one of the four outermost: at most 4 h w to look at, however large the image is.
+    """
+    y = _outermost(_pixels_among(depth.shape[2], size[0], corners))
+    x = _outermost(_pixels_among(depth.shape[3], size[1], corners))
+    return _between(depth[0, 0], y, x).amax()[None]
 
 
 # ---- The cache: decoded images, of which a crop is read without the rest -------------------------
@@ -912,23 +939,27 @@ def _head_size(maker, arguments):
         return 0, 0                                    # it will be named when it is decoded
 
 
-def processes(count):
-    """A pool of processes, one core each; spawned, so whatever runs here does not disturb them."""
-    return ProcessPoolExecutor(count, torch.multiprocessing.get_context("spawn"),
-                               torch.set_num_threads, (1,))
-
-
-def _finished(function, jobs, workers):
-    """Runs function(*arguments) for all jobs, [(key, arguments), ...], in so many processes, or in
-    this one for 0. Yields (key, result) as jobs end; result() gives what came out or raises it."""
-    if workers == 0:
-        for key, arguments in jobs:
-            yield key, functools.partial(function, *arguments)
-        return
-    with processes(workers) as pool:
-        keys = {pool.submit(function, *arguments): key for key, arguments in jobs}
-        for future in as_completed(keys):
-            yield keys[future], future.result
+def _run_all(function, jobs, workers, say, doing, every=1):
+    """Runs function(*arguments) for all jobs, {key: arguments}, in so many processes of one core
+    each, or in this one for 0. Returns {key: result} and, where a ValueError came, {key: its text},
+    in the order of their ends. Says how far it is after every so many jobs."""
+    done, bad, start = {}, {}, time.monotonic()
+    spawn = torch.multiprocessing.get_context("spawn")     # undisturbed by whatever runs here
+    pool = ThreadPoolExecutor(1)                           # starting a process takes seconds
+    if workers:
+        pool = ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,))
+    with pool:
+        keys = {pool.submit(function, *arguments): key for key, arguments in jobs.items()}
+        for count, future in enumerate(as_completed(keys), 1):
+            key = keys[future]
+            try:
+                done[key] = future.result()
+            except ValueError as error:
+                bad[key] = str(error)
+            if count % every == 0:
+                left = time_left(start, count, len(jobs))
+                say(f"{doing}: {count} of {len(jobs)}, {left} ({key})")
+    return done, bad
 
 
 def _store(maker, arguments, target):
@@ -943,12 +974,19 @@ def _store(maker, arguments, target):
 
 @functools.lru_cache(maxsize=8192)
 def _mapped(path):
-    """An image left on the disk, of which what is used is read. Mapping takes longer than reading
+    """An array left on the disk, of which what is used is read. Mapping takes longer than reading
     a crop, so files stay mapped, which takes no memory. By torch: numpy keeps each file open, and
     a process may have 1,024 open files, or fewer, but some 65,000 maps."""
     head = np.load(path, mmap_mode="r")
-    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
-    return whole[head.offset:].view(head.shape).numpy()
+    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8).numpy()
+    order = "F" if np.isfortran(head) else "C"             # by columns, as a .mat, or by rows
+    return whole[head.offset:].view(head.dtype).reshape(head.shape, order=order)
+
+
+@functools.lru_cache(maxsize=None)
+def _mapped_maximum(path, size):
+    """enlarged_maximum of a depth map, for which all of it has to be read: once."""
+    return enlarged_maximum(torch.from_numpy(_mapped(path))[None, None], size)
 
 
 class ImageCache:
@@ -977,10 +1015,10 @@ class ImageCache:
     def _build(self, say):
         """Makes what is missing, in parallel if there is much of it. Returns {name: why not}."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        bad, jobs, needed = {}, [], 0
+        jobs, needed = {}, 0
         for name, (maker, arguments) in self.items.items():
             if not (self.folder / f"{name}.npy").exists():
-                jobs.append((name, (maker, arguments, str(self.folder / name))))
+                jobs[name] = maker, arguments, str(self.folder / name)
                 # 3 bytes of colour a pixel; a leaf's depth, unlike a photo's, is as large: 4 more.
                 pixels = math.prod(_head_size(maker, arguments))
                 needed += pixels * (7 if maker is _make_leaves else 3)
@@ -988,16 +1026,9 @@ class ImageCache:
         if needed > free:
             raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB, of which "
                              f"{free / 1e9:.1f} are free; name a larger disk's folder with --cache")
-        # Starting a process takes seconds: not for few images.
         workers = min(os.cpu_count() or 1, len(jobs) // 32) if len(jobs) >= 64 else 0
-        for count, (name, result) in enumerate(_finished(_store, jobs, workers), 1):
-            try:
-                result()
-            except ValueError as error:
-                bad[name] = str(error)
-            if count % max(len(jobs) // 10, 25) == 0:
-                say(f"preparing images: {count} of {len(jobs)}")
-        return bad
+        every = max(len(jobs) // 20, 25)
+        return _run_all(_store, jobs, workers, say, "preparing images", every)[1]
 
     def _size(self, name):
         return np.load(self.folder / f"{name}.npy", mmap_mode="r").shape[:2]
@@ -1029,9 +1060,13 @@ class ImageCache:
         return torch.from_numpy(part).permute(2, 0, 1)
 
     def depth(self, k):
-        """(1,1,h,w) float32, or None if the image came without."""
+        """(1,1,h,w) float32, mapped as images are, or None if the image came without."""
         path = self.folder / f"{self.names[k]}.depth.npy"
-        return torch.from_numpy(np.load(path))[None, None] if path.exists() else None
+        return torch.from_numpy(_mapped(path))[None, None] if path.exists() else None
+
+    def depth_max(self, k):
+        """Maximum of the depth enlarged to the image's size, (1,)."""
+        return _mapped_maximum(self.folder / f"{self.names[k]}.depth.npy", self.size(k))
 
 
 @functools.lru_cache(maxsize=2)
@@ -1058,21 +1093,11 @@ class ImageFiles(ImageCache):
         depth = _decoded(self.names[k], *self.items[self.names[k]])[1]
         return None if depth is None else torch.from_numpy(depth)[None, None]
 
+    def depth_max(self, k):
+        return enlarged_maximum(self.depth(k), self.size(k))
+
 
 # ---- Writing test sets ---------------------------------------------------------------------------
-
-def clock(seconds):
-    """Seconds in words: 119 s, 2 min, 1 h 05 min."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
-
-
-def time_left(start, done, total):
-    """"12 s left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
-    return f"{clock((time.monotonic() - start) / done * (total - done))} left"
-
 
 def _write_versions(path, name, depth_path, out, split, seed):
     """Writes one image's degraded versions that are not there yet. Returns rows of params.csv."""
@@ -1093,10 +1118,8 @@ def _write_versions(path, name, depth_path, out, split, seed):
             if not (out / target).exists():
                 if task == "sr":
                     y = bicubic_x4(x, stored=True)
-                elif task == "haze" and depth is None:
-                    y = apply(x, task, drawn, depth_prior(*x.shape[2:], g), depth_max=1.0)
                 else:
-                    y = apply(x, task, drawn, depth)
+                    y = apply(x, task, drawn, depth, generator=g)
                 write_image(out / target, to_image(y))
             numbers = [f"{key}={v.item():g}" for key, v in drawn.items() if v.numel() == 1]
             rows.append([target, task, which, g.initial_seed(), " ".join(numbers)])
@@ -1115,8 +1138,7 @@ def _begin_plan(plan, settings):
     elif (plan.parent / "original").exists():
         before = "# not written by degrade.py"
     if before != settings:
-        raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); "
-                         "choose another folder")
+        raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); name another")
     plan.parent.mkdir(parents=True, exist_ok=True)
     plan.write_text(settings + "\n", **_CSV)
 
@@ -1130,36 +1152,25 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     out = Path(out)
     files = find_depths([folder], depth_folder, say)
     settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
-    jobs, names = [], set()
+    jobs = {}
     for path, depth in files.items():
         name = "_".join(path.relative_to(folder).with_suffix("").parts)     # more/c.png: more_c
-        if name in names:
-            raise ValueError(f"{folder}: two images have the same name but for their ending; "
-                             "rename one")
-        names.add(name)
-        jobs.append((path, (path, name, depth, out, split, seed)))
+        if name in jobs:
+            raise ValueError(f"{path}: another image has this name but for its ending; rename one")
+        jobs[name] = path, name, depth, out, split, seed
     plan = out / "params.csv"
     _begin_plan(plan, settings)
-    rows, bad, start = {}, [], time.monotonic()
     workers = min(os.cpu_count() or 1, len(jobs))
-    for count, (path, result) in enumerate(_finished(_write_versions, jobs, workers), 1):
-        try:
-            rows[path] = result()
-        except ValueError as error:
-            bad.append(error)
-        rate = count / (time.monotonic() - start)
-        say(f"{count}/{len(files)} {path.name} | {rate:.2f} images/s | "
-            f"{time_left(start, count, len(files))}")
+    rows, bad = _run_all(_write_versions, jobs, workers, say, "degrading images")
     with whole_file(plan) as unfinished, open(unfinished, "w", newline="", **_CSV) as file:
         file.write(settings + "\n")
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
-        for path in files:                                 # in their order, whoever came first
-            writer.writerows(rows.get(path, []))
-    for error in bad:
-        say(f"skipped {error}")
-    say(f"{out}: {len(rows)} images in {time.monotonic() - start:.0f} s; "
-        f"next: python eval.py CKPT --testsets {out}")
+        for name in jobs:                                  # in their order, whoever came first
+            writer.writerows(rows.get(name, []))
+    for reason in bad.values():
+        say(f"skipped {reason}")
+    say(f"{out}: {len(rows)} images; next: python eval.py CKPT --testsets {out}")
     return len(bad)
 
 

@@ -52,8 +52,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop, jpeg,
-                     leaf_items, photo_items, prior_knots, read_image, seeded, whole_file)
+from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop,
+                     enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image,
+                     seeded, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
                   input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, read_prompts,
                   task_strips, tune_cpu, validation_pairs)
@@ -319,7 +320,9 @@ def sample(source, tasks, crop, batch, key):
         prior = depth is None
         if prior:
             depth = prior_knots(g)                                              # (1,1,8,8)
-        depth, item["depth_max"] = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
+        # (1,): of the whole image, however small the crop.
+        item["depth_max"] = enlarged_maximum(depth, (h, w), True) if prior else source.depth_max(k)
+        depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
         item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
     return item
 
@@ -347,22 +350,21 @@ def clean_sample(source, k, edge, below):
 def make_batch(samples, crop, device):
     """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS,
     len(TASKS) for "none"."""
-    canvas = torch.stack([s["canvas"] for s in samples])                        # (N,3,edge,edge)
-    canvas = canvas.to(device, non_blocking=True).float() / 255
-    degraded = torch.empty_like(canvas)
+    canvas = torch.stack([s["canvas"] for s in samples])            # (N,3,edge,edge) of uint8
+    canvas = canvas.to(device, non_blocking=True)
+    lq, gt = [None] * len(samples), [None] * len(samples)
     for task in ANSWERS:                              # all images of a task at once
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         if rows:
-            degraded[rows] = degrade_group(canvas[rows], task, [samples[i] for i in rows])
-    lq, gt = [], []
-    for i, s in enumerate(samples):
-        y, x = s["offset"]
-        pair = torch.cat((degraded[i], canvas[i]))[:, y:y + crop, x:x + crop]   # (6,crop,crop)
-        pair = turned(pair, s["turn"])
-        lq.append(pair[:3])
-        gt.append(pair[3:])
+            x = canvas[rows].float() / 255                                      # (n,3,edge,edge)
+            y = degrade_group(x, task, [samples[i] for i in rows])
+            for i, degraded in zip(rows, y):
+                top, left = samples[i]["offset"]
+                inside = slice(top, top + crop), slice(left, left + crop)
+                lq[i] = turned(degraded[:, *inside], samples[i]["turn"])        # (3,crop,crop)
+                gt[i] = turned(canvas[i][:, *inside], samples[i]["turn"])
     task = torch.tensor([ANSWERS.index(s["task"]) for s in samples], device=device)
-    return torch.stack(lq), torch.stack(gt), task
+    return torch.stack(lq), torch.stack(gt).float() / 255, task
 
 
 # Degrading is done a task at a time: seven calls for a batch, each over all its images of that

@@ -49,6 +49,15 @@ def test_equals_the_published_degradation(case):
         assert np.abs(layer).mean() <= 1e-3 and np.abs(layer).max() <= 1
 
 
+def test_streaks_added_drop_by_drop_equal_the_correlation():
+    """Which is what a GPU computes."""
+    field = torch.rand(1, 1, 91, 101, generator=d.seeded("drops")) * 256
+    kernel = torch.rand(42, 42, dtype=torch.float64, generator=d.seeded("kernel"))
+    drops = torch.where(field >= 250, field, 0).double()
+    whole = torch.nn.functional.conv2d(drops, kernel[None, None])[0, 0]
+    assert (d._sum_of_streaks(field[0, 0], torch.tensor(250.0), kernel) - whole).abs().max() < 1e-9
+
+
 def test_jpeg_tables_are_transposed_as_published():
     turned = d.jpeg(photo().mT, 10).mT          # what the standard's own orientation would give
     assert np.abs((turned - d.jpeg(photo(), 10)).numpy()).mean() * 255 > 0.5
@@ -179,11 +188,12 @@ def test_the_cache_gives_the_files_pixels_and_notices_a_changed_file(tmp_path):
     (tmp_path / "photos").mkdir()
     path = save(tmp_path / "photos" / "a.png", rgb)
     (tmp_path / "depth").mkdir()
-    np.save(tmp_path / "depth" / "a.npy", np.ones((20, 22), np.float32))
+    by_columns = np.asfortranarray(np.arange(1, 441, dtype=np.float32).reshape(20, 22))
+    np.save(tmp_path / "depth" / "a.npy", by_columns)
     read = lambda: d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "photos"], tmp_path / "depth"), 64)
     crop = read().crop(0, 10, 20, 48)
     assert np.array_equal(crop.permute(1, 2, 0).numpy(), rgb[10:58, 20:68])
-    assert read().depth(0).shape == (1, 1, 20, 22)
+    assert read().depth(0).shape == (1, 1, 20, 22) and np.array_equal(read().depth(0)[0, 0], by_columns)
     save(path, 255 - rgb)
     assert np.array_equal(read().crop(0, 10, 20, 48), 255 - crop)
 
@@ -425,7 +435,7 @@ def test_a_crop_of_the_enlarged_depth_equals_the_wholes(small, size, corners):
     for depth in (torch.rand(1, 1, *small, generator=d.seeded(small)), torch.rand(1, 1, *small, generator=d.seeded(small)).round() + 0.5):
         whole = torch.nn.functional.interpolate(depth, size, mode="bilinear", align_corners=corners)
         for top, left in ((0, 0), (size[0] // 3, size[1] // 4), (max(size[0] - 176, 0), max(size[1] - 176, 0))):
-            crop, highest = d.enlarged_crop(depth, size, top, left, 176, corners)
+            crop, highest = d.enlarged_crop(depth, size, top, left, 176, corners), d.enlarged_maximum(depth, size, corners)
             part = whole[:, :, top:top + 176, left:left + 176]
             assert crop.shape == part.shape and (crop - part).abs().max() <= 1e-6
             assert highest.shape == (1,) and (highest - whole.amax()).abs() <= 1e-6
