@@ -447,8 +447,9 @@ class PromptIR(Restormer):
 
 def to_windows(f, window):
     """(N,H,W,C) -> (N, windows, window*window, C), windows in reading order."""
-    if torch.compiler.is_exporting():
-        # The same map. With free sizes torch.export knows by it that a window has 64 pixels, where
+    without_gradient = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if torch.compiler.is_exporting() or without_gradient:
+        # The same map. With free sizes a compiler knows by it that a window has 64 pixels, where
         # the view below leaves it a formula of H and W; but its gradient is 40 times slower.
         f = f.unfold(1, window, window).unfold(2, window, window)               # (N,H/8,W/8,C,8,8)
         return f.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
