@@ -5,6 +5,7 @@
     python tests/bench.py memory                     # ... by the memory of a training step
     python tests/bench.py ablation                   # what each of our tricks is worth alone
     python tests/bench.py gpu                        # it/s, memory, data, PSNR; within 8 minutes
+    python tests/bench.py graphs                     # torch.export of all fourteen; ONNX
     python tests/bench.py data                       # crops/s from PNG files and from the cache
     python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
     python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
@@ -595,6 +596,75 @@ def gpu(args, device):
     print(out.read_text())
 
 
+# ---- graphs: torch.export with free height and width ---------------------------------------------
+
+VARIANTS = [(arch, prompt) for arch in ARCHS if arch != "promptir" for prompt in (None, "ep", "ap")]
+VARIANTS += [("promptir", None), ("classifier", None)]
+
+
+def small_variant(arch, prompt):
+    """(model, task, the multiple that its sides must have) of train.py's small size."""
+    torch.manual_seed(0)
+    if arch == "classifier":
+        return mioir.TaskClassifier(16).eval(), (), 1
+    model = build_model(arch, prompt, **train.SMALL[arch]).eval()
+    task = torch.tensor([1]) if prompt == "ep" else None
+    multiple = 8 if isinstance(model, mioir.Restormer) else model.multiple     # 64 is the protocol's
+    return model, (task,), multiple
+
+
+def sides(multiple, rows, columns):
+    """A picture of so many multiples; where any side is right, of odd ones."""
+    if multiple == 1:
+        return torch.rand(1, 3, 8 * rows + 1, 8 * columns + 3)
+    return torch.rand(1, 3, multiple * rows, multiple * columns)
+
+
+def export_free(model, rest, multiple):
+    """The model as a graph whose height and width are free, but for the multiple. A first size of
+    one multiple would be taken for a constant; the classifier needs 18 pixels, two of its blocks."""
+    h, w = (torch.export.Dim(name, min=18 // multiple or 1, max=4096) for name in "hw")
+    free = [{2: h if multiple == 1 else multiple * h, 3: w if multiple == 1 else multiple * w}]
+    free += [None for _ in rest]
+    return torch.export.export(model, (sides(multiple, 3, 5), *rest), dynamic_shapes=tuple(free))
+
+
+@torch.no_grad()
+def error_elsewhere(graph, model, rest, multiple):
+    """Largest difference on another size, as a share of the largest output."""
+    x = sides(multiple, 4, 3)
+    y = model(x, *rest)
+    return ((graph(x, *rest) - y).abs().max() / y.abs().max()).item()
+
+
+def write_onnx():
+    """A file of the plainest model by torch's older exporter. (dynamo=True needs onnxscript.)"""
+    model, rest, multiple = small_variant("srresnet", None)
+    torch.onnx.export(model, (sides(multiple, 3, 5), *rest), io.BytesIO(), dynamo=False)
+    return "yes"
+
+
+def graphs(args, device):
+    """All on the processor: a graph is the same for every device. Seconds are the processor's, so
+    that what else runs does not count."""
+    rows = []
+    for arch, prompt in VARIANTS:
+        if arch not in (*args.arch, "classifier"):
+            continue
+        model, rest, multiple = small_variant(arch, prompt)
+        start = time.process_time()
+        graph = attempt(functools.partial(export_free, model, rest, multiple), 300)
+        took = time.process_time() - start
+        right = graph                                  # the reason why there is none
+        if not isinstance(graph, str):
+            error = error_elsewhere(graph.module(), model, rest, multiple)
+            right = "yes" if error < 1e-5 else f"differs by {error:.0e}"
+        rows.append([f"{arch} {prompt or ''}", f"{took:.1f}", right])
+        print(rows[-1], flush=True)
+    print(markdown(["", "torch.export, s", "right on another size"], rows))
+    print("ONNX by torch alone:", attempt(write_onnx, 60))
+
+
 # ---- data: crops a second ------------------------------------------------------------------------
 
 def write_photos(folder):
@@ -739,8 +809,9 @@ def study(args, device):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-COMMANDS = {"networks": networks, "memory": memory, "ablation": ablation, "gpu": gpu, "data": data,
-            "pixels": pixels, "tiles": tiles, "classical": classical.compare, "study": study}
+COMMANDS = {"networks": networks, "memory": memory, "ablation": ablation, "gpu": gpu,
+            "graphs": graphs, "data": data, "pixels": pixels, "tiles": tiles,
+            "classical": classical.compare, "study": study}
 
 
 def parse(argv):
