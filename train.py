@@ -115,15 +115,15 @@ PRESETS = {
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
                   period=1, ema=0.9),
 }
-# What all presets but the paper's change in an arch: its size. (The classifier starts otherwise,
-# and may also answer "none": the paper's knows seven answers.)
+# What all presets but the paper's change in an arch: its size. (The classifier is ours, which may
+# also answer "none": the paper's knows seven answers.)
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
     "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(high_pass=True, none=True),
+    "classifier": dict(none=True),
 }
 # Where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to look at.
 SPECIAL = {
