@@ -259,18 +259,17 @@ def classify(classifier, x, device, damaged=False):
     name may be "none" where the classifier knows that answer, unless the image is known as damaged.
 
     The classifier is a function of blocks: two convolutions of 3 x 3 with stride 3 turn each block
-    of 9 x 9 pixels into 32 numbers, no two blocks overlap, and their mean is classified. So a large
-    picture can be read in strips of whole blocks, whose sums are added: the same result in little
-    memory. (Up to 8 pixels at the right and the bottom make no whole block and are not seen.)
+    of 9 x 9 pixels into 32 numbers, and no two blocks overlap. So a large picture can be read in
+    strips of whole blocks, in little memory. (Up to 8 pixels at the right and the bottom make no
+    whole block and are not seen.)
     """
     h, w = x.shape[2:]
     x = F.pad(x, (0, max(9 - w, 0), 0, max(9 - h, 0)), mode="replicate")       # at least one block
-    rows = x.shape[2] // 9                                # of blocks; all are equally wide
-    total = 0
-    for strip in x[:, :, :9 * rows].split(9 * 64, 2):                          # (1,3,576,W)
-        features = classifier.features(strip.to(device))                       # (1,32,64,W // 9)
-        total = total + features.mean(3).sum(2)                                # (1,32)
-    logits = classifier.head(total / rows)[0]                                  # (7,) or (8,)
+    found = []
+    for strip in x.split(9 * 64, 2):                                           # (1,3,576,W)
+        if strip.shape[2] >= 9:                           # a rest below 9 pixels makes no block
+            found.append(classifier.blocks(strip.to(device)))                  # (1,32,64 (W // 9))
+    logits = classifier.decide(torch.cat(found, 2))[0]                         # (7,) or (8,)
     if damaged:
         logits = logits[:len(TASKS)]                      # "none" comes last
     probability = logits.softmax(0)                                            # sum 1

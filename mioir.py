@@ -787,28 +787,51 @@ class Uformer(Backbone):
 # ---- The task classifier: names the degradation when the user does not ---------------------------
 
 class TaskClassifier(nn.Module):
-    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9. With none=True, (N,8) in
-    the order of ANSWERS; the published one has no word for a clean picture and calls it "dark".
+    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9. With none=True, ours:
+    (N,8) in the order of ANSWERS; the published one has no word for a clean picture and calls it
+    "dark".
 
     It looks at blocks of 9 x 9 pixels that do not overlap, and averages what it found. The
     published one ends in a softmax and is trained with a cross-entropy that applies another, which
     flattens the gradients; ours returns logits, whose softmax equals the published output.
+
+    To tell a clean picture from a slightly damaged one is harder, and takes two things more:
+      - detail, what a pixel has beyond the mean of the 3 x 3 around it, in units of two grey
+        levels and clipped to [-1,1]. What JPEG leaves behind is that faint, and next to an edge of
+        a hundred levels no filter would notice it (steganalysis truncates residuals for that:
+        Fridrich, Kodovsky 2012);
+      - the most, besides the mean: of each of the 32 numbers its mean over the sixteenth of the
+        blocks that have most of it. A blurred picture has no sharp block ANYWHERE, a hazy one no
+        black one; a clean picture may have few of them.
     """
-    def __init__(self, width=128, high_pass=False, none=False):
+    def __init__(self, width=128, none=False):
         super().__init__()
         self.answers = ANSWERS if none else TASKS
+        self.ours = none
         self.features = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                # (N,128,H/3,W/3)
+            nn.Conv2d(6 if none else 3, width, 3, stride=3), nn.LeakyReLU(0.1), # (N,128,H/3,W/3)
             nn.Conv2d(width, width, 3, stride=3), nn.LeakyReLU(0.1),            # (N,128,H/9,W/9)
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
-        self.head = nn.Linear(32, len(self.answers))
-        if high_pass:       # a start for short runs: the first filters see texture, not brightness
-            first = self.features[0].weight.data
-            first.sub_(first.mean((2, 3), keepdim=True)).mul_(3)
+        self.head = nn.Linear(64 if none else 32, len(self.answers))
 
     def forward(self, x):
-        return self.head(self.features(x).mean((2, 3)))                         # (N,32) -> (N,7)
+        return self.decide(self.blocks(x))
+
+    def blocks(self, x):
+        """What is found in each block: (N,3,H,W) -> (N,32,blocks)."""
+        if self.ours:
+            detail = x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+            x = torch.cat((x, (detail * 255 / 2).clamp(-1, 1)), 1)              # (N,6,H,W)
+        return self.features(x).flatten(2)
+
+    def decide(self, found):
+        """(N,32,blocks) of one picture or its parts -> logits (N,7), or (N,8)."""
+        z = found.mean(2)                                                       # (N,32)
+        if self.ours:
+            most = found.topk(max(found.shape[2] // 16, 1), dim=2).values       # (N,32,blocks/16)
+            z = torch.cat((z, most.mean(2)), 1)                                 # (N,64)
+        return self.head(z)
 
 
 # ---- Building a model ----------------------------------------------------------------------------

@@ -121,15 +121,15 @@ def striped_prompts():
 # is said. channels_last: convolutions of a CPU are faster so.
 
 # Layer 2, in all presets but the paper's: a half (SRResNet) to an eighth (SwinIR) of the paper's
-# width, and fewer blocks. (The classifier starts otherwise, and may also answer "none": the paper's
-# knows seven answers.)
+# width, and fewer blocks. (The classifier is ours, which may also answer "none": the paper's knows
+# seven answers.)
 SMALL = {
     "srresnet": dict(width=32, blocks=8),
     "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
     "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
     "uformer": dict(dim=8, depths=(1,) * 9),
     "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(high_pass=True, none=True),
+    "classifier": dict(none=True),
 }
 # Layer 3.
 _SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
@@ -161,7 +161,7 @@ SPECIAL = {
     # Twice as wide and deeper than the demo's, and crops that show more of haze and darkness.
     ("hours", "restormer"): dict(crop=64, sizes=dict(dim=24, blocks=(1, 1, 2, 3), refinement=0,
                                                      expansion=1.5, prompt_width=16)),
-    ("hours", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=5000),
+    ("hours", "classifier"): dict(crop=128, batch=16, lr=2e-3, period=2500),
 }
 
 
