@@ -1114,6 +1114,7 @@ def _load(saved, weights, prompts):
         raise ValueError("a published 'ep' model, and no other, needs the prompt images it was "
                          "trained with, which its file lacks: --prompts type7.npy")
     if info["arch"] == "classifier":
+        info["sizes"].pop("high_pass", None)       # in old files; it only said how training began
         model = TaskClassifier(**info["sizes"])
     else:
         model = build_model(info["arch"], info["prompt"], **info["sizes"])
