@@ -216,46 +216,81 @@ class AllWindowsAtOnce(mioir.WindowAttention):
         return self.attend(t, self.bias_table[self.index].permute(2, 0, 1), mask)
 
 
+class PointwiseAsProducts(torch.nn.Conv2d):
+    """1 x 1 convolutions as matrix products over the channels, for maps that are channels-last."""
+    def forward(self, f):
+        return F.linear(f.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+
+
+class HiddenPadded(mioir.GatedFeedForward):
+    """Hidden channels filled up with zeros to a multiple of 8, as 127 to 128: whole vectors."""
+    def forward(self, f):
+        hidden = self.project_out.weight.shape[1]
+        rest = -hidden % 8
+
+        def padded(weight):                            # each half of project_in's, and of dwconv's
+            return torch.cat([F.pad(half, (0, 0, 0, 0, 0, 0, 0, rest)) for half in weight.chunk(2)])
+        f = F.conv2d(f, padded(self.project_in.weight))
+        f = F.conv2d(f, padded(self.dwconv.weight), padding=1, groups=2 * (hidden + rest))
+        gate, value = f.chunk(2, dim=1)
+        return F.conv2d(F.gelu(gate) * value, F.pad(self.project_out.weight, (0, 0, 0, 0, 0, rest)))
+
+
 # (the trick, the variant that has it, the variant that lacks it)
 TRICKS = (
     ("late normalisation of q and k", "ours", "NormalisedBefore"),
     ("layer norm's kernel", "ours", "NormByHand"),
     ("window chunks", "ours", "AllWindowsAtOnce"),
+    ("denormals become zeros", "ours", "denormals stay"),
+    # Those that a run may ask for.
     ("channels last", "channels last", "ours"),
     ("--checkpointing", "checkpointing", "ours"),
-    ("denormals become zeros", "ours", "denormals stay"),
+    ("torch.compile", "compiled", "ours"),
+    # Tried, and not in the code.
+    ("1 x 1 convolutions as products", "PointwiseAsProducts", "ours"),
+    ("the same, channels last", "channels last, products", "channels last"),
+    ("hidden channels padded to 8", "HiddenPadded", "ours"),
+    ("inference_mode, not no_grad", "inference mode", "ours"),
 )
 
 
 def with_plain(model, plain):
-    """A copy of the model with plain in place of its parent class; None if there is none of it."""
+    """A copy of the model with plain in place of its parent class (of convolutions: where they are
+    1 x 1); None if there is none of it."""
     model, found = copy.deepcopy(model), False
     for module in model.modules():
-        if type(module) is plain.__base__:
+        if type(module) is plain.__base__ and getattr(module, "kernel_size", (1, 1)) == (1, 1):
             module.__class__ = plain
             found = True
     return model if found else None
 
 
-def variants(ours):
+def variants(ours, compiled):
     """{name: our model, changed in one thing}, as named in TRICKS."""
     made = {"ours": ours}
-    for plain in (NormalisedBefore, NormByHand, AllWindowsAtOnce):
+    for plain in (NormalisedBefore, NormByHand, AllWindowsAtOnce, PointwiseAsProducts,
+                  HiddenPadded):
         changed = with_plain(ours, plain)
         if changed is not None:
             made[plain.__name__] = changed
-    made["channels last"] = copy.deepcopy(ours)
-    lay_channels_last(made["channels last"])
+    for name, source in (("channels last", "ours"),
+                         ("channels last, products", "PointwiseAsProducts")):
+        if source in made:
+            made[name] = copy.deepcopy(made[source])
+            lay_channels_last(made[name])
     made["checkpointing"] = copy.deepcopy(ours)
     recompute_blocks(made["checkpointing"])
-    made["denormals stay"] = ours
+    made["denormals stay"] = made["inference mode"] = ours
+    if compiled:
+        made["compiled"] = torch.compile(copy.deepcopy(ours))
     return made
 
 
 def run_variant(name, work, model, x, task):
     """The switch for denormals is the calling thread's alone: believe its row with --threads 1."""
     torch.set_flush_denormal(name != "denormals stay")
-    work(model, x, task)
+    with torch.inference_mode(name == "inference mode" and work is restoring):
+        work(model, x, task)
     torch.set_flush_denormal(True)
 
 
@@ -263,7 +298,7 @@ def time_variants(models, work, x, task, repeat, device):
     """{variant: median seconds}, all variants of a model interleaved."""
     works = {}
     for name, model in models.items():
-        layout = torch.channels_last if name == "channels last" else torch.contiguous_format
+        layout = torch.channels_last if "channels last" in name else torch.contiguous_format
         works[name] = functools.partial(run_variant, name, work, model,
                                         x.contiguous(memory_format=layout), task)
     return medians(works, repeat, device)
@@ -274,7 +309,7 @@ def ablation(args, device):
     for arch in args.arch:
         ours, _ = pair(arch, device, args.small)
         crops, tasks, photo = crops_and_photo(args, device)
-        models = variants(ours)
+        models = variants(ours, args.compile)
         for name, model in models.items():
             refuse_disagreement(f"{arch}, {name}", agreement(model, ours, crops, tasks))
         training = time_variants(models, training_step, crops, tasks, args.repeat, device)
@@ -828,7 +863,8 @@ def parse(argv):
     add("--threads", type=int, help="of the processor (default: torch's choice)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--channels-last", action="store_true", help="networks: ours as train.py --channels-last")
-    add("--compile", action="store_true", help="gpu: compile on a processor too")
+    add("--compile", action="store_true", help="gpu: compile on a processor too; ablation: "
+        "torch.compile has a row, minutes for each network")
     add("--minutes", type=float, default=7, help="gpu: when to stop, but for what has begun")
     add("--iterations", type=int, default=60, help="gpu: of the short training, a multiple of 10")
     add("--crops", type=int, default=128, help="data: crops in a batch")
