@@ -10,7 +10,7 @@
     python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
     python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
     python tests/bench.py classical assets/srresnet.pt --tune DIR --images DIR   # see classical.py
-    python tests/bench.py study                      # the paper's Table 3 in miniature
+    python tests/bench.py study --images DIR         # the paper in miniature: see study.py
 
 "Theirs" is tests/published.py: the published layers as they stand, sharing no code with ours.
 It gets our weights by their published names, and its outputs must agree to 1e-4.
@@ -24,12 +24,10 @@ import io
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import classical  # noqa: E402
 import degrade  # noqa: E402
 import mioir  # noqa: E402
+import study  # noqa: E402
 import train  # noqa: E402
 from eval import markdown, psnr, restored, tune_cpu, validation_pairs  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, restore  # noqa: E402
@@ -782,71 +781,11 @@ def tiles(args, device):
                     "tiled to truth", "difference"], rows))
 
 
-# ---- study: the paper in miniature ---------------------------------------------------------------
-
-STUDY = {  # name: (flags, the paper's gain over M: SRResNet, Table 3, mean of seven In-Dis sets)
-    "M": ("", 0.0), "S": ("--seq", 0.29), "M+EP": ("--prompt ep", 0.74),
-    "S+EP": ("--seq --prompt ep", 0.84), "M+AP": ("--prompt ap", 0.08),
-    "S+AP": ("--seq --prompt ap", 0.24),
-    "S+EP, reverse order": ("--seq --prompt ep --order dhrjnbs", None),
-}
-
-
-def study_folder(out, name, seed):
-    return Path(out) / f"{name.replace(' ', '').replace(',', '-')}-{seed}"
-
-
-def table_of(folder):
-    """The table of a run so far: [(stage, {task: PSNR}), ...]."""
-    last = folder / "last.pt"
-    return torch.load(last, weights_only=True)["table"] if last.exists() else []
-
-
-def train_for_study(out, name, seed):
-    """One training, to its end; goes on where it was."""
-    folder = study_folder(out, name, seed)
-    command = [sys.executable, "train.py", "--arch", "srresnet", "--preset", "study",
-               *STUDY[name][0].split(), "--seed", str(seed), "--out", str(folder),
-               "--cache", str(Path(out) / f"cache-{seed}")]
-    rows_when_done = 8 if "--seq" in command else 2
-    if len(table_of(folder)) >= rows_when_done:
-        return
-    if (folder / "last.pt").exists():
-        command.append("--resume")
-    start = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    print(f"{folder}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
-
-
-def study(args, device):
-    """Six trainings of one small SRResNet and one in reverse order, two seeds each."""
-    out = str(Path(args.out or "runs/study").resolve())
-    with ThreadPoolExecutor(args.jobs) as pool:
-        trainings = [pool.submit(train_for_study, out, name, seed)
-                     for seed in (0, 1) for name in STUDY]
-        for training in trainings:
-            training.result()
-    by_task, means = {}, {}
-    for name in STUDY:
-        finals = [table_of(study_folder(out, name, seed))[-1][1] for seed in (0, 1)]
-        by_task[name] = np.array([[final[task] for task in TASKS] for final in finals])
-        means[name] = by_task[name].mean(1)                                     # one a seed
-    rows = []
-    for name, (_, papers) in STUDY.items():
-        gains = means[name] - means["M"]
-        rows.append([name, *by_task[name].mean(0).tolist(), f"{means[name].mean():.2f}",
-                     f"{gains.mean():+.2f} ({gains[0]:+.2f}, {gains[1]:+.2f})",
-                     "not given" if papers is None else f"{papers:+.2f}"])
-    print(markdown(["PSNR, mean of two seeds", *TASKS, "mean", "gain on M (each seed)",
-                    "the paper's gain"], rows))
-
-
 # ---- The command line ----------------------------------------------------------------------------
 
 COMMANDS = {"networks": networks, "memory": memory, "ablation": ablation, "gpu": gpu,
             "graphs": graphs, "data": data, "pixels": pixels, "tiles": tiles,
-            "classical": classical.compare, "study": study}
+            "classical": classical.compare, "study": study.run}
 
 
 def parse(argv):
@@ -869,9 +808,10 @@ def parse(argv):
     add("--iterations", type=int, default=60, help="gpu: of the short training, a multiple of 10")
     add("--crops", type=int, default=128, help="data: crops in a batch")
     add("--tune", help="classical: photos to choose the strengths on")
-    add("--images", help="classical: photos to compare on")
+    add("--images", help="classical: photos to compare on; study: to train on")
     add("--out", help="gpu: the file (runs/gpu.md); study: the folder (runs/study)")
     add("--jobs", type=int, default=os.cpu_count(), help="study: trainings at a time")
+    add("--report", action="store_true", help="study: no training, the tables of what is there")
     args = parser.parse_args(argv)
     args.command = " ".join(argv or sys.argv[1:])
     return args

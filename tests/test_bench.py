@@ -1,11 +1,15 @@
 """What tests/bench.py compares with must be right too: swaps, counters, classical methods."""
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import classical
 import degrade
 import mioir
+import study
 import train
 from eval import psnr, validation_pairs
 from test_models import small
@@ -220,25 +224,41 @@ def test_the_classical_table_has_a_row_for_every_task(tmp_path, capsys, monkeypa
 
 # ---- The study -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", bench.STUDY)
-def test_the_studys_commands_are_sequential_or_mixed_with_equal_iterations(name):
-    flags, _ = bench.STUDY[name]
-    args = train.parse(["--arch", "srresnet", "--preset", "study", *flags.split()])
-    plan = train.stages(args.arch, args.seq, args.order, args.recipe["period"])
-    assert sum(stage.iterations for stage in plan) == 600 and (len(plan) == 7) == ("S" in name)
-    assert (args.prompt or "").upper() == name.split(",")[0].partition("+")[2]
+@pytest.mark.parametrize("arch, variant, seed", study.jobs())
+def test_the_studys_trainings_are_what_their_names_say_and_equally_long(arch, variant, seed):
+    args = train.parse(study.flags_of(arch, variant, seed))
+    assert (args.arch, args.seed, args.prompt or "") == (arch, seed, variant[2:].lower())
+    assert sum(stage.iterations for stage in args.stages) == 6000
+    assert len(args.stages) == (7 if variant[0] == "S" else 1)
 
 
-def test_the_study_says_each_seeds_gain_on_its_own_baseline(tmp_path, capsys, monkeypatch):
-    """Trainings made up: seed 1 starts 2 dB higher than seed 0, and S gains 0.5 and 0.7 dB."""
-    def pretend(out, name, seed):
-        psnr_of_all = 20.0 + 2 * seed + (0.5 + 0.2 * seed) * (name == "S")
-        folder = bench.study_folder(out, name, seed)
-        folder.mkdir()
-        torch.save({"table": [("mixed", dict.fromkeys(mioir.TASKS, psnr_of_all))]},
-                   folder / "last.pt")
-    monkeypatch.setattr(bench, "train_for_study", pretend)
-    bench.main(["study", "--out", str(tmp_path), "--jobs", "1"])
-    rows = [line.split("|")[1:] for line in capsys.readouterr().out.splitlines()]
-    row, = [row for row in rows if row and row[0].strip() == "S"]
-    assert [cell.strip() for cell in row[-4:-1]] == ["21.60", "+0.60 (+0.50, +0.70)", "+0.29"]
+def made_up(variant, seed):
+    """A training's table: seed 1 starts 2 dB higher than seed 0, and S gains 0.5, 0.6 and 0.7 dB,
+    M+EP one or loses one."""
+    end = 20.0 + 2 * seed + (0.5 + 0.1 * seed) * (variant == "S")
+    end += (-1) ** seed * (variant == "M+EP")
+    return [[name, dict.fromkeys(mioir.TASKS, psnr)] for name, psnr in (("input", 19.5), ("end", end))]
+
+
+def test_the_study_pairs_the_seeds_and_calls_each_claim(tmp_path, capsys, monkeypatch):
+    """It trains what is missing alone, and its tables and picture are there."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
+    monkeypatch.setattr(study, "STUDY", {"srresnet": ((0, 1, 2), {"M": 0.0, "S": 0.29, "M+EP": 0.74})})
+    (tmp_path / "study.json").write_text(json.dumps({"srresnet M 0": made_up("M", 0)}))
+    trained = []
+
+    def pretend(arch, variant, seed, photos, out):
+        trained.append((variant, seed))
+        return made_up(variant, seed)
+    monkeypatch.setattr(study, "train_one", pretend)
+    bench.main(["study", "--images", str(tmp_path), "--out", str(tmp_path), "--jobs", "1"])
+    text = capsys.readouterr().out
+    rows = {row[1].strip(): [cell.strip() for cell in row[2:-1]]
+            for row in (line.split("|") for line in text.splitlines()) if len(row) > 2}
+    assert rows["S above M"] == ["+0.60 ± 0.06", "held", "+0.50, +0.60, +0.70", "+0.29"]
+    assert rows["M+EP above M"][1] == "undecided" and rows["input"][-1] == "19.50"
+    assert len(trained) == 8 and ("M", 0) not in trained                       # it was there
+    assert len(json.loads((tmp_path / "study.json").read_text())) == 9
+    assert Image.open(tmp_path / "study.png").width > 500
+    bench.main(["study", "--report", "--out", str(tmp_path)])
+    assert len(trained) == 8 and "S above M" in capsys.readouterr().out
