@@ -249,7 +249,7 @@ def evaluate(model, pairs, device, say):
 # An "ep" model restores what its prompt names. In all of the paper's tables the prompt is chosen by
 # a small classifier that looks at the degraded image: nothing about the image has to be known.
 
-MODEL = Path(__file__).parent / "assets" / "srresnet.pt"                  # these two are shipped
+MODEL = Path(__file__).parent / "assets" / "restormer.pt"                 # these two are shipped
 CLASSIFIER = MODEL.with_name("classifier.pt")
 
 
@@ -719,7 +719,7 @@ def process_folder(source, args, model, info, prompt, device):
             bad.append(error if named else f"{path}: {error}")
     for error in bad:
         print(f"failed: {error}", file=sys.stderr)
-    print(f"{len(files) - len(bad)} of {len(files)} pictures restored to {out}")
+    print(f"{len(files) - len(bad)} of {len(files)} pictures are in {out}")
     if bad:
         sys.exit(1)
 

@@ -7,7 +7,7 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     model = build_model("restormer", prompt="ep")          # 26.5 M parameters, the paper's size
     y = model(x, task=torch.tensor([TASKS.index("rain")])) # x: (1,3,H,W) in [0,1], sides of 8 k
     y = restore(model, x, task)                            # the same for any height and width
-    model, info = load_model("assets/srresnet.pt")         # a checkpoint rebuilds its own model
+    model, info = load_model("assets/restormer.pt")        # a checkpoint rebuilds its own model
     restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.

@@ -9,7 +9,7 @@
     python tests/bench.py data                       # crops/s from PNG files and from the cache
     python tests/bench.py pixels                     # seconds per megapixel of the paper's sizes
     python tests/bench.py tiles RUN/last.pt ...      # what tiles change, for trained models
-    python tests/bench.py classical assets/srresnet.pt --tune DIR --images DIR   # see classical.py
+    python tests/bench.py classical assets/restormer.pt --tune DIR --images DIR   # see classical.py
     python tests/bench.py study --images DIR         # the paper in miniature: see study.py
 
 "Theirs" is tests/published.py: the published layers as they stand, sharing no code with ours.

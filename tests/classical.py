@@ -1,6 +1,6 @@
 """Classical restoration, one method a task: what a learned model has to beat.
 
-    python tests/bench.py classical assets/srresnet.pt --tune DIR --images DIR
+    python tests/bench.py classical assets/restormer.pt --tune DIR --images DIR
 
 Each takes and gives (1,3,H,W) in [0,1]. Their strengths are chosen on the photos in --tune, among
 the settings in CLASSICAL; then methods and models restore the photos in --images.

@@ -130,7 +130,7 @@ def test_the_readmes_eighth_task_is_trained_and_evaluated(tmp_path):
     with pytest.raises(ValueError, match="trained on 8 tasks, and this program knows 7; run it by the script"):
         mioir.load_model(tmp_path / "out" / "last.pt")
     # A checkpoint of seven tasks loads beside eight, too.
-    snow(str(ROOT / "assets" / "srresnet.pt"), "--input", "photos/a.png", "--output", "b.png", "--task", "noise")
+    snow(str(ROOT / "assets" / "restormer.pt"), "--input", "photos/a.png", "--output", "b.png", "--task", "noise")
 
 
 def test_mioir_imports_torch_alone():
