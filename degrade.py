@@ -185,9 +185,9 @@ def jpeg(x, quality):
     # largest step is 5 x 121.
     quality = per_image(quality, x)
     factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)            # (N,1,1,1)
-    # As published, the tables are applied TRANSPOSED, so that a row of them is a horizontal
-    # frequency. The right way round, images would differ by about 3 grey levels (4 at quality 10,
-    # 2 at 70, on average over a photo).
+    # As published, the tables are applied TRANSPOSED: the standard's steps for vertical frequencies
+    # meet the horizontal ones. The right way round, images would differ by about 3 grey levels (4
+    # at quality 10, 2 at 70, on average over a photo).
     luma = x.new_tensor(_LUMA).T                                                  # (8,8)
     chroma = F.pad(x.new_tensor(_CHROMA).T, (0, 4, 0, 4), value=99)               # (8,8)
     # Chroma blocks cover 16 x 16 pixels: black is added at the right and bottom, and cut off later.
@@ -230,16 +230,14 @@ def _turned_diagonal(at, length, angle):
     sine = torch.sin(turn)[:, None, None] / scale
     y, x = at[:, :, None], at[:, None, :]                                         # rows, columns
     # Backwards, from a pixel of the result to the point of the matrix that it shows:
-    #   source = centre + R^-1 (pixel - centre) / scale
+    #   source = centre + R^-1 (pixel - centre) / scale,     cosine and sine being those / scale.
     # OpenCV's integers keep 10 binary digits of each of two parts, and of their sum then 5: source
     # coordinates come in steps of 1/32 pixel. (With exact ones a layer of rain would differ by 0.13
     # grey levels on average and up to 6.)
-    part = (1024 * (cosine * x)).round()
-    rest = (1024 * (-sine * y + (1 - cosine) * centre + sine * centre)).round()
-    source_x = ((part + rest + 16) / 32).floor() / 32                             # (N,40,40)
-    part = (1024 * (sine * x)).round()
-    rest = (1024 * (cosine * y + (1 - cosine) * centre - sine * centre)).round()
-    source_y = ((part + rest + 16) / 32).floor() / 32
+    def in_32nds(part, rest):
+        return (((1024 * part).round() + (1024 * rest).round() + 16) / 32).floor() / 32
+    source_x = in_32nds(cosine * x, -sine * y + (1 - cosine) * centre + sine * centre)
+    source_y = in_32nds(sine * x, cosine * y + (1 - cosine) * centre - sine * centre)
     # Bilinear: the four pixels around the source point, the nearer the heavier. Pixels of an
     # identity matrix are 1 where row = column, so that no matrix needs to be stored or gathered.
     streak = torch.zeros_like(source_x)
@@ -287,7 +285,7 @@ def streak_kernels(width, length, angle):
     at = torch.arange(-20, 20, device=length.device) + length // 2                # (N,40)
     inside = (at >= 0) & (at < length)
     streak = _turned_diagonal(at, length, angle)
-    streak = streak * inside[:, :, None] * inside[:, None, :]     # the turned line's ends are lost
+    streak = streak * inside[:, :, None] * inside[:, None, :]     # what turned out of it is lost
     blur = _blur_matrix(at, length, width) * inside[:, :, None]
     return blur @ streak @ blur.mT                                # B S B^T: columns, then rows
 
@@ -299,15 +297,15 @@ def _sum_of_streaks(field, least, kernel):
     pixel. Seen from the drop, one at [r,c] adds drops[r,c] kernel[i,j] to out[r-i,c-j]: it leaves
     the kernel turned by half. Few pixels are drops, so this takes a thousandth of the work.
     """
-    h, w = field.shape
+    rows, columns = field.shape                               # H + 41, W + 41
     streak = kernel.flip(0, 1)                                # what a drop of 1 leaves
     drop, part = (field >= least).nonzero(), streak.nonzero()                     # (D,2), (P,2)
-    place = torch.tensor((w + 41, 1))                         # [row,column] as one number
+    place = torch.tensor((columns + 41, 1))                   # [row,column] as one number
     at = (drop @ place)[:, None] + part @ place                                   # (D,P)
     light = field[*drop.T].double()[:, None] * streak[*part.T]                    # (D,P)
-    layer = light.new_zeros(h + 41, w + 41)                   # with room for the streaks' ends
+    layer = light.new_zeros(rows + 41, columns + 41)          # with room for the streaks' ends
     layer.view(-1).index_add_(0, at.flatten(), light.flatten())
-    return layer[41:h, 41:w]
+    return layer[41:rows, 41:columns]                         # flipped, the kernel begins at -41
 
 
 def _rain_layer(field, least, kernel, peak, size):
@@ -316,7 +314,7 @@ def _rain_layer(field, least, kernel, peak, size):
     field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
     if field.device.type == "cpu":                            # N is 1
         layer = _sum_of_streaks(field[0, 0], least[0, 0], kernel[0, 0])[None, None]
-    else:           # a GPU would add the streaks in any order, and round as it comes: all products
+    else:           # a GPU adds streaks in any order, so that rounding varies; it convolves instead
         drops = torch.where(field >= least, field, 0).double().transpose(0, 1)    # (1,N,H+41,W+41)
         layer = F.conv2d(drops, kernel, groups=len(kernel)).transpose(0, 1)       # (N,1,H,W)
     low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
@@ -343,7 +341,7 @@ def rain_streaks(field, density, width, length, angle, peak=1.0, size=(None, Non
     halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
     kernel = streak_kernels(*line)[:, None]                                       # (N,1,40,40)
     kernel = F.conv2d(kernel, halo[None, None], padding=2)                        # (N,1,42,42)
-    # A GPU takes all fields together; one at a time stays within a CPU's cache.
+    # A GPU takes all fields together; on a CPU _rain_layer takes one, which stays in its cache.
     some = 1 if field.device.type == "cpu" else len(field)
     parts = zip(field.split(some), least.split(some), kernel.split(some))
     return torch.cat([_rain_layer(*part, peak, size) for part in parts])
@@ -446,7 +444,8 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     return drawn
 
 
-# Where nothing but the image and its parameters is needed. A task of one's own is entered here.
+# Where nothing but the image and its parameters is needed. A task of one's own is entered here, and
+# in RANGES; in DECIMALS, if it has parameters that are no whole numbers.
 DEGRADATIONS = {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark": darken,
                 "sr": bicubic_x4}
 
@@ -496,7 +495,7 @@ _PALETTE = np.array([
 def _falloff(height, width, slope):
     """1 / frequency^slope, laid out as numpy's rfft2 does: (H,W/2 + 1)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf                                  # no constant part: the mean is 0
+    frequency[0, 0] = np.inf                                  # 1 / inf: no constant part
     return frequency ** -slope
 
 
@@ -521,7 +520,7 @@ def _outline(kind, u, v, rng):
     if kind == "box":                               # superellipse |x|^p + |y|^p = 1: between a disc
         p = rng.uniform(3, 9)                       # (p = 2) and a square (p large)
         return (np.abs(np.cos(theta)) ** p + np.abs(np.sin(theta)) ** p + 1e-9) ** (-1 / p)
-    waves = 0                                       # "blob": a circle with 2 to 6 waves around it
+    waves = 0                                       # "blob": a circle with 2, 3, ... 6 waves on it
     for k in range(2, 7):
         waves = waves + rng.uniform(0, 0.7 / k) * np.cos(k * theta + rng.uniform(0, 7))
     return 1 + waves
@@ -531,9 +530,7 @@ def _leaf_texture(y, x, u, v, radius, noises, rng):
     """Relative brightness of a leaf's surface, around 0, at the pixels [y,x], which are (u,v) on
     the leaf; all of them (P,)."""
     kind = rng.random()
-    strength = rng.uniform(0.02, 0.16)
-    if rng.random() >= 0.4:                         # most surfaces are smooth
-        strength = 0.0
+    strength = rng.uniform(0.02, 0.16) * (rng.random() < 0.4)     # most surfaces are smooth
     if kind < 0.25:                                 # a grating: stripes in one direction
         frequency, angle = rng.uniform(1.5, max(radius / 3, 2)), rng.uniform(0, np.pi)
         across = u * np.cos(angle) + v * np.sin(angle)
@@ -565,8 +562,8 @@ def _paint_leaf(image, depth, leaf_depth, radius, palette, noises, rng):
     u = ((np.cos(angle) * x + np.sin(angle) * y) / (radius * stretch)).astype(np.float32)
     v = ((np.cos(angle) * y - np.sin(angle) * x) / (radius / stretch)).astype(np.float32)
     kind = ("disc", "box", "polygon", "blob", "blob")[rng.integers(5)]
-    inside = (_outline(kind, u, v, rng) - np.hypot(u, v)) * radius  # pixels to the edge
-    # The mean colour of what it falls on. cumsum adds pixel after pixel in float32, where mean adds
+    inside = (_outline(kind, u, v, rng) - np.hypot(u, v)) * radius  # about the pixels to the edge
+    # The mean colour of where it falls. cumsum adds pixel after pixel in float32, where mean adds
     # in parts and rounds otherwise; scenes of a seed have been made so from the start.
     patch = image[:, top:bottom, left:right].reshape(3, -1)
     around = patch.cumsum(1)[:, -1] / np.float32(inside.size)
@@ -600,7 +597,7 @@ def dead_leaves(height, width, generator):
     noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
     # Few colours in a scene: four of the palette, all tinted alike.
     palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
-    # Behind all leaves: a smooth change of colour from top to bottom; far (1 to 0.75) at the top.
+    # Behind all leaves: a smooth change of colour from top, the farthest (1), to bottom (0.75).
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]                   # (H,1)
     top, bottom = palette[:2, :, None, None]                                      # (3,1,1) each
     image = top * (1 - down) + bottom * down + rng.uniform(0, 0.03) * noises[2]
@@ -610,7 +607,7 @@ def dead_leaves(height, width, generator):
     largest = max(height, width) / 2.5                          # l: the greatest
     # The mean area of leaves under r^-3 is 2 pi s^2 log(l / s): enough of them for 0.7 images.
     count = int(0.7 * height * width / (2 * np.pi * smallest ** 2 * np.log(largest / smallest))) + 8
-    # r^-2 is then uniform between l^-2 and s^-2.
+    # Under r^-3, r^-2 is uniform between l^-2 and s^-2.
     radii = (smallest ** -2 + rng.random(count) * (largest ** -2 - smallest ** -2)) ** -0.5
     for k, radius in enumerate(radii):                          # from far (0.75) to near (0.05)
         _paint_leaf(image, depth, 0.7 * (1 - k / count) + 0.05, radius, palette, noises, rng)
@@ -713,8 +710,8 @@ def to_image(x):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A name to write to, which becomes `path` when all is written, and vanishes otherwise: who is
-    killed or out of disk half-way leaves no torn file behind that would later be taken for whole.
+    """A name to write to, which becomes `path` when all is written: who is killed or out of disk
+    half-way leaves no torn file behind that would later be taken for whole.
     """
     path = Path(path)
     unfinished = path.with_name(f".{os.getpid()}-{path.name[:40]}.tmp")      # short in any case
@@ -746,16 +743,18 @@ def _files_below(folder, entered):
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and real not in entered)
-        if real not in entered:
-            files += [Path(place, name) for name in names if name[0] != "."]
+        if real in entered:
+            folders.clear()                            # os.walk goes no deeper here
+            continue
         entered.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        files += [Path(place, name) for name in names if name[0] != "."]
     return sorted(files)
 
 
 def list_images(folders, say=_say_aside):
-    """All images below the folders, sorted; other files are counted and named in one line. Raises
-    ValueError for no images or a missing folder."""
+    """All images below the folders, those of each sorted; other files are counted, and some of them
+    named, in one line. Raises ValueError for no images or a missing folder."""
     files, others, entered = [], [], set()
     for folder in folders:
         for path in _files_below(folder, entered):
@@ -773,7 +772,7 @@ def list_images(folders, say=_say_aside):
 
 
 def clock(seconds):
-    """Seconds in words: 119 s, 2 min, 1 h 05 min."""
+    """Seconds in words: 89 s, 2 min, 1 h 05 min."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -826,7 +825,8 @@ def find_depths(folders, depth_folder, say=_say_aside):
     for path in files:
         folder = next(folder for folder in folders if path.is_relative_to(folder))
         below = path.relative_to(folder).with_suffix("")
-        fits = maps.get(below) or maps.get(Path(folder).name / below) or maps.get(path.stem)
+        named = Path(Path(folder).name, below)         # with the image folder's name before it
+        fits = maps.get(below) or maps.get(named) or maps.get(path.stem)
         if fits is None:
             raise ValueError(f"{depth_folder}: no depth map for {path.name} ({path})")
         users.setdefault(fits[0], []).append(path)
@@ -862,9 +862,10 @@ def _between(depth, y, x):
 
 def _outermost(at):
     """Of the pixels of each cell, from a knot to the next, the first and the last."""
-    start = at.floor().diff() > 0                  # whether a cell ends and the next one starts
-    yes = start.new_ones(1)
-    return at[torch.cat((yes, start)) | torch.cat((start, yes))]
+    changes = at.floor().diff() > 0                # whether pixels i and i + 1 are of two cells
+    yes = changes.new_ones(1)
+    first, last = torch.cat((yes, changes)), torch.cat((changes, yes))
+    return at[first | last]
 
 
 def enlarged_crop(depth, size, top, left, edge, corners=False):
@@ -932,9 +933,10 @@ def _head_size(maker, arguments):
     try:
         with Image.open(arguments[0]) as image:
             lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5       # on its side
+            width, height = image.size
             if lies and image.format != "TIFF":        # a TIFF's size has been turned by Pillow
-                return image.size
-            return image.height, image.width
+                width, height = height, width
+            return height, width
     except Exception:                                  # as in open_image
         return 0, 0                                    # it will be named when it is decoded
 
@@ -1132,7 +1134,7 @@ _CSV = {"encoding": "utf-8", "errors": "surrogateescape"}     # a name that is n
 def _begin_plan(plan, settings):
     """The first line of params.csv says what its folder holds; the rows follow when all is done.
     Refuses a folder of other test sets."""
-    before = settings
+    before = settings                                  # as an empty folder agrees to any
     if plan.exists():
         before = plan.read_text(**_CSV).partition("\n")[0]
     elif (plan.parent / "original").exists():

@@ -28,7 +28,8 @@ shape comments are the paper's sizes. A star * marks a site: a place where the p
 
 Reading order: the prompt path; SRResNet, the plainest backbone; Restormer and PromptIR (attention
 over channels); SwinIR and Uformer (attention in windows); the classifier; restoring a whole image.
-What comes after the banner "not in the paper" is files, names of published weights, and tiles.
+What comes after the banner "not in the paper" is kinds of pictures, tiles, files, and the names of
+published weights.
 """
 import functools
 import math
@@ -55,7 +56,7 @@ ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 #
 # Why images, when seven tasks could share a table of 7 x 64 learned numbers? Because the same F_ext
 # then serves both kinds of prompt: a fixed image per task ("ep"), or the degraded image itself
-# ("ap"). And two prompts can be mixed: the mixture is linear in pixels, not in z.
+# ("ap"). (To mix two prompts is to mix their images: it is linear in pixels, not in z.)
 
 class Extractor(nn.Module):
     """F_ext: what a prompt image has to say, in 64 numbers. Mirrors `F_ext`, as published."""
@@ -81,7 +82,7 @@ class PromptPath(nn.Module):
     """Turns prompt images into a scale and a shift for each site of a backbone.
 
     sites: {name: (number of its extractor, channels there)}. All sites may share one F_ext
-    (SRResNet, SwinIR), or each depth of a U-shape may have its own (Restormer, Uformer).
+    (SRResNet, SwinIR), or several F_ext serve a few sites each (Restormer, Uformer).
     in_channels: 1 for explicit prompts, which are grey; 3 for a degraded image as its own prompt.
     """
     def __init__(self, in_channels, sites, width):
@@ -127,10 +128,12 @@ def modulate(f, prompt, site):
 class Backbone(nn.Module):
     """What the five backbones share: y = body(x, prompt), and where the prompt comes from.
 
-    A backbone lists its sites and writes `body`. Four numbers tell `restore` how to treat it:
+    A backbone lists its sites and writes `body`. Four attributes tell `restore` how to treat it:
     multiple: `restore` pads height and width to multiples of it, as published;
     square:   the published test protocol also pads to a square;
-    overlap:  pixels that neighbouring tiles share; context: how far a tile's border is wrong.
+    overlap:  pixels that neighbouring tiles share;
+    context:  how far from its border a tile is not to be trusted: SRResNet's is exact, the others
+              see farther, up to the whole tile, and 16 is where little of that is left.
     """
     multiple, square, overlap, context = 1, False, 64, 16
 
@@ -154,6 +157,7 @@ class Backbone(nn.Module):
 
         x: (N,3,H,W), read by "ap". task, read by "ep": LongTensor (N,) of rows of TASKS, or
         FloatTensor (N,7) of weights: the prompt is then that weighted sum of the seven images.
+        A task of (1,) or (1,7) is that of all N.
         """
         if self.prompt is None:
             return None
@@ -167,14 +171,15 @@ class Backbone(nn.Module):
             weights = task.to(self.prompts)[:, :len(self.prompts)]
             mixed = torch.einsum("nt,thw->nhw", weights, self.prompts)
             return self.path(mixed[:, None])                                    # (N,1,128,128) in
-        images, rows = self.prompts, task        # all seven are read, once each ...
         if task.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Several images may share a task: F_ext reads each prompt that occurs once.
             present, rows = task.unique(return_inverse=True)
-            images = self.prompts[present]       # ... or those that occur: on a GPU, unique() waits
-        return self.path(images[:, None], rows)                                 # (M,1,128,128) in
+            return self.path(self.prompts[present][:, None], rows)              # (M,1,128,128) in
+        # A GPU would have to be waited for to know which occur: all seven are read.
+        return self.path(self.prompts[:, None], task)                           # (7,1,128,128) in
 
     def forward(self, x, task=None, prompt=None):
-        """x: (N,3,H,W) in [0,1], H and W multiples of self.multiple -> y: (N,3,H,W), not clamped.
+        """x: (N,3,H,W) in [0,1], H and W as `body` needs them -> y: (N,3,H,W), not clamped.
         task as in `read_prompt`; prompt, if given, is what `read_prompt` returned earlier."""
         if prompt is None:
             prompt = self.read_prompt(x, task)
@@ -255,7 +260,7 @@ class SRResNet(Backbone):
 class ChannelAttention(nn.Module):
     """MDTA (Restormer, Section 3.1): the channels of a head attend to each other over all pixels.
 
-        A = softmax(tau * q^ k^T),   f' = A v,   with q^ and k^ of length 1 along the pixels.
+        A = softmax(tau * q k^T / (|q| |k|)),   f' = A v;   lengths are taken along the pixels.
 
     A is 48 x 48 for 48 channels; attention over the pixels of 128 x 128 would be 16384 x 16384.
     tau, the temperature, is learned and multiplies.
@@ -272,15 +277,15 @@ class ChannelAttention(nn.Module):
         n, c, h, w = f.shape
         qkv = self.dwconv(self.qkv(f))                                          # (N,3C,H,W)
         qkv = qkv.reshape(n, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.unbind(1)                                                 # (N,heads,c,HW)
+        q, k, v = qkv.unbind(1)                               # each (N,heads,C',HW), C' = C / heads
         if q.dtype == torch.float16:     # sums over 256 x 256 pixels go beyond its largest, 65504
             q, k = q.float(), k.float()
         # The paper normalises q and k; dividing their small product by both lengths is the same
         # and spares two maps of full size.
-        length_q = q.norm(dim=-1, keepdim=True).clamp_min(1e-12)                # (N,heads,c,1)
+        length_q = q.norm(dim=-1, keepdim=True).clamp_min(1e-12)                # (N,heads,C',1)
         length_k = k.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        scores = (q @ k.mT) / (length_q * length_k.mT) * self.temperature       # (N,heads,c,c)
-        out = scores.softmax(-1).to(v.dtype) @ v                                # (N,heads,c,HW)
+        scores = (q @ k.mT) / (length_q * length_k.mT) * self.temperature       # (N,heads,C',C')
+        out = scores.softmax(-1).to(v.dtype) @ v                                # (N,heads,C',HW)
         return self.project(out.reshape(n, c, h, w))                            # (N,C,H,W)
 
 
@@ -447,8 +452,8 @@ class PromptIR(Restormer):
 
 def to_windows(f, window):
     """(N,H,W,C) -> (N, windows, window*window, C), windows in reading order."""
-    without_gradient = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if torch.compiler.is_exporting() or without_gradient:
+    compiled_to_restore = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if torch.compiler.is_exporting() or compiled_to_restore:
         # The same map. With free sizes a compiler knows by it that a window has 64 pixels, where
         # the view below leaves it a formula of H and W; but its gradient is 40 times slower.
         f = f.unfold(1, window, window).unfold(2, window, window)               # (N,H/8,W/8,C,8,8)
@@ -542,7 +547,7 @@ class WindowAttention(nn.Module):
         return self.project(out.transpose(2, 3).flatten(3))                     # (N,w,T,C)
 
     def one_kernel(self, q, k, v, bias, mask):
-        """The formula in torch's fused kernel, which keeps no image's scores; for GPUs. To it,
+        """The formula in torch's fused kernel, which never stores the scores; for GPUs. To it,
         each window's heads are heads of their own: (N, windows * heads, T, c)."""
         windows = q.shape[1]
         bias = bias[None]                                                       # (1,heads,T,T)
@@ -591,7 +596,7 @@ class WindowBlock(nn.Module):
         self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, f, mask):
-        """f: (N,H,W,C); mask: (windows,T,T), the shift mask of this size."""
+        """f: (N,H,W,C); mask: (windows,T,T), the shift mask of this size; None: no block shifts."""
         t = self.norm1(f)
         if self.shift:
             t = t.roll((-self.shift, -self.shift), (1, 2))
@@ -744,7 +749,8 @@ class Uformer(Backbone):
         super().__init__(prompt, sites, prompt_width)
         # Drop path grows along the encoder, holds at the bottom, and shrinks along the decoder.
         rise = torch.linspace(0, drop_path, sum(depths[:4]), device="cpu").tolist()
-        drops = rise + [drop_path] * depths[4] + (rise[::-1] + [0.0] * sum(depths[5:]))
+        fall = rise[::-1] + [0.0] * sum(depths[5:])     # zeros: should the decoder be deeper
+        drops = rise + [drop_path] * depths[4] + fall
 
         def stage(i, width):
             first = sum(depths[:i])
@@ -756,10 +762,10 @@ class Uformer(Backbone):
         self.down = nn.ModuleList(nn.Conv2d(c[i], c[i + 1], 4, stride=2, padding=1)
                                   for i in range(4))
         self.bottleneck = stage(4, c[4])
-        widths = [c[4], c[4], c[3], c[2], c[1]]         # of the bottleneck, then of the decoders
-        self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i], c[3 - i], 2, stride=2)
-                                for i in range(4))
-        self.decoder = nn.ModuleList(stage(5 + i, widths[i + 1]) for i in range(4))
+        skips = (c[3], c[2], c[1], c[0])                # widths of what the encoders hand over
+        below = (c[4], c[4], c[3], c[2])                # and of what comes from below
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, s, 2, stride=2) for b, s in zip(below, skips))
+        self.decoder = nn.ModuleList(stage(5 + i, 2 * skips[i]) for i in range(4))
         self.output = nn.Conv2d(c[1], 3, 3, padding=1)
         init_linears(self)
 
@@ -791,7 +797,7 @@ class TaskClassifier(nn.Module):
     (N,8) in the order of ANSWERS; the published one has no word for a clean picture and calls it
     "dark".
 
-    It looks at blocks of 9 x 9 pixels that do not overlap, and averages what it found. The
+    It looks at blocks of 9 x 9 pixels side by side, and averages what it found. The
     published one ends in a softmax and is trained with a cross-entropy that applies another, which
     flattens the gradients; ours returns logits, whose softmax equals the published output.
 
@@ -908,9 +914,9 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
     x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3), uint8 or floats in
-    [0,1]; a PIL image, or a file's path: for both an upright image of PIL comes out, grey ("L") for
-    grey, else RGB: transparency is lost. Floats come out unclamped, as the network made them.
-    Raises ValueError for other shapes and ranges.
+    [0,1]; a PIL image, or a file's path: for both an upright image of PIL comes out, of mode L for
+    grey of mode L, else RGB: transparency is lost. Floats come out unclamped, as the network made
+    them. Raises ValueError for other shapes, and for numbers beyond 2: such as are in 0 .. 255.
     task: a name of TASKS; a mixture, "noise:0.7,jpeg:0.3"; or as in Backbone.read_prompt. Only "ep"
     models read it. ("auto", which asks a classifier, is eval.py's.)
     tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
@@ -927,7 +933,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
     # A network's own output may leave [0,1] a little; 0 .. 255 is far outside.
-    if not x.is_floating_point() or not x.is_meta and x.abs().max() > 2:
+    if not x.is_floating_point() or (not x.is_meta and x.abs().max() > 2):
         raise ValueError(f"restore takes floats in [0,1], not {x.dtype} up to {x.max():g}; "
                          "divide by 255")
     if task is not None:
@@ -946,9 +952,9 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
 def restore_batch(model, x, task, tile, overlap, report):
     """`restore` of (N,3,H,W) by a model in eval mode: pads, runs, cuts back.
 
-    model: a backbone, or any network called as model(x, task); what it needs may stand in its
-    attributes `multiple`, `overlap` and `context` (see Backbone). An "ap" model's prompt is the
-    padded image.
+    model: a backbone, or any network called as model(x, task=task); what it needs may stand in its
+    attributes `multiple`, `square`, `overlap` and `context` (see Backbone). An "ap" model's prompt
+    is the padded image.
     """
     square = getattr(model, "square", False) and tile is None
     padded, top, left = pad_for(x, getattr(model, "multiple", 1), square)
@@ -1015,7 +1021,7 @@ def restore_tiled(model, run, x, tile, overlap, report):
     for rows, down in above_each_other:
         for columns, across in side_by_side:
             part = run(x[:, :, rows, columns])                                  # (N,3,tile,tile)
-            y[:, :, rows, columns] += part * (down[:, None] * across)           # (tile,tile)
+            y[:, :, rows, columns] += part * (down[:, None] * across)           # by (tile,tile)
             done += 1
             if report:
                 report(done, len(above_each_other) * len(side_by_side))
@@ -1023,13 +1029,16 @@ def restore_tiled(model, run, x, tile, overlap, report):
 
 
 def tile_weights(size, tile, overlap, context, like):
-    """[(slice, weights there), ...]: the tiles along one axis of an image. A tile's weight, before
+    r"""[(slice, weights there), ...]: the tiles along one axis of an image. A tile's weight, before
     division by the sum over the tiles, is a trapezoid:
 
-        ramp          ________________
-                     /                \\              0 within `context` of an inner border, where
-        0  _________/                  \\_________    a tile lacks its neighbours; then a ramp over
-           context   ramp          ramp  context      the rest of the overlap; then level
+        full         _______________________
+                    /                       \
+        0   _______/                         \_______
+            context ramp               ramp context
+
+    It is 0 near an inner border, where a tile lacks its neighbours; the ramp is what is left of the
+    overlap without both tiles' contexts, so that one tile's falls where the next one's rises.
     """
     last = max(size - tile, 0)                     # the last tile ends at the image's edge
     starts = [*range(0, last, tile - overlap), last]
@@ -1045,7 +1054,7 @@ def tile_weights(size, tile, overlap, context, like):
 
 def read_prompt_of_any_size(model, x, task):
     """model.read_prompt, also where a photo as its own prompt is too large or too small for it."""
-    if model.prompt != "ap":                                   # their prompts are 128 x 128
+    if model.prompt != "ap":                                   # None, or images of 128 x 128
         return model.read_prompt(x, task)
     x = reflect_pad(x, 0, max(5 - x.shape[3], 0), 0, max(5 - x.shape[2], 0))    # F_ext needs 5 x 5
     return model.path.scales_and_shifts([mean_by_strips(f_ext, x) for f_ext in model.path.extract])
@@ -1061,9 +1070,9 @@ def mean_by_strips(extract, p, rows=64):
     size = extract.features(p[..., :5]).shape[2]   # the map's height: a narrow strip shows it
     total = 0
     for first in range(0, size, rows):
-        above = min(first, 1)                      # there is no row above the first
-        strip = p[:, :, 8 * (first - above):8 * (first + rows) + 16]
-        f = extract.features(strip)[:, :, above:above + rows]                   # (N,64,rows,~W/8)
+        top = max(first - 1, 0)                    # there is no row above the first
+        strip = p[:, :, 8 * top:8 * (first + rows + 2)]
+        f = extract.features(strip)[:, :, first - top:first - top + rows]       # (N,64,rows,~W/8)
         total = total + f.mean(3).sum(2)                                        # (N,64)
     return total / size
 
@@ -1109,8 +1118,9 @@ def _load(saved, weights, prompts):
     else:
         saved = {weights: _unwrap(saved, weights)}
         info = identify(saved[weights])
-    lacks_prompts = info["published"] and info["prompt"] == "ep"
-    if lacks_prompts == (prompts is None):
+    needs_prompts = info["published"] and info["prompt"] == "ep"
+    prompts_given = prompts is not None
+    if needs_prompts != prompts_given:
         raise ValueError("a published 'ep' model, and no other, needs the prompt images it was "
                          "trained with, which its file lacks: --prompts type7.npy")
     if info["arch"] == "classifier":
@@ -1140,13 +1150,14 @@ def _unwrap(saved, weights):
         raise ValueError("holds no moving average of the weights (EMA): leave --weights ema out")
     for name in ("params_ema" if weights == "ema" else "params", "state_dict", "model"):
         saved = saved.get(name, saved)             # where there is no such wrapper, as it is
-    prefix = re.compile(r"^((module|net|_orig_mod)\.)+")                         # one or several
+    prefix = re.compile(r"^((module|net|_orig_mod)\.)+")
     return {prefix.sub("", key): value for key, value in saved.items()
             if not key.endswith(("relative_position_index", "attn_mask"))}
 
 
 # A parameter that tells a network, by its name in ours and in the published one. PromptIR has
-# Restormer's, too, so it is asked for first. Our SRResNet has a conv_hr, too: ours are asked first.
+# Restormer's, too, so it is asked for first. A few of the latter are in ours, too, as SRResNet's
+# conv_hr: so weights that have the former are ours.
 _MARKS = {
     "promptir": ("interact.0.generate.components", "prompt1.prompt_param"),
     "restormer": ("embed.weight", "latent.0.attn.temperature"),
@@ -1160,15 +1171,15 @@ def identify(state):
     """{"arch", "prompt", "sizes", "published"} of weights, told by their keys and shapes: what
     train.py would have stored beside them. ValueError if they are neither ours nor published.
 
-    Nothing says how many blocks of what width there should be, so the paper's sizes are assumed,
-    and _fill refuses any others. Of our classifier the last layer tells whether it knows "none".
+    The paper's sizes are assumed, and _fill refuses any others: keys and shapes tell most of them,
+    but not the number of heads. Of our classifier the last layer tells whether it knows "none".
     """
     for arch, (ours, theirs) in _MARKS.items():
         if ours in state or theirs in state:
             prompt = None
             for value in state.values():
                 if value.shape[2:] == (7, 7):      # F_ext alone has such kernels, (64,1 or 3,7,7)
-                    prompt = "ep" if value.shape[1] == 1 else "ap"              # grey images, or x
+                    prompt = "ep" if value.shape[1] == 1 else "ap"              # grey, or x
             sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
             return {"arch": arch, "prompt": prompt, "sizes": sizes, "published": ours not in state}
     first = ", ".join(map(str, list(state)[:3])) or "nothing"
@@ -1185,10 +1196,10 @@ def load_official(model, state_dict, prompts=None):
     arch = {network: name for name, network in MODELS.items()}.get(type(model), "classifier")
     state, slots = _unwrap(state_dict, "raw"), {}  # slots, by published names: where to copy to
     for name, value in model.state_dict().items():
-        names, rows = published_names(arch, model, name), len(value) // 3
-        # Our qkv is their to_q, then their to_kv; the parts are views, so what they get is ours.
-        parts = [value] if len(names) == 1 else [value[:rows], value[rows:]]
-        slots.update(zip(names, parts))
+        names, third = published_names(arch, model, name), len(value) // 3
+        slots[names[0]] = value
+        if len(names) == 2:                        # our qkv is their to_q, then their to_kv
+            slots[names[0]], slots[names[1]] = value[:third], value[third:]     # views: into ours
     if prompts is None:
         slots.pop("prompts", None)                 # the model keeps those that it has
     else:
@@ -1215,7 +1226,9 @@ def _fill(slots, state):
 # ---- The published parameter names ---------------------------------------------------------------
 
 # {ours: theirs}: parts of a name, to be replaced from top to bottom. First come the sites, where
-# path.scale.latent.weight and path.shift.latent.weight are prompt_scale1.weight, prompt_shift1.
+# path.scale.latent.weight and path.shift.latent.weight are prompt_scale1.weight, prompt_shift1. The
+# dot before a site tells it from a module at the top: .output. is in path.scale.output.weight, and
+# output.weight has none.
 _NAMES = {
     "srresnet": {".block": ".", ".last.": ".out.", "path.extract.0.": "F_ext_net.",
                  "blocks.": "block."},

@@ -21,7 +21,7 @@ Glossary
 Details that are easily missed, each explained where it is done
     1. the learning rate restarts one iteration late, as published              lr_at
     2. at a new stage Adam starts anew; the average of the weights does not     run_stages
-    3. large canvases are degraded, then cropped; JPEG's grid may lie anywhere  sample
+    3. large canvases are degraded, then cropped; JPEG's grid may lie anywhere  sample, make_batch
     4. the loss is divided by the whole batch, however it is split              run_stages
     5. drop path draws image by image, each from a seed of its own              draw_drop_paths
     6. the weights that are scored are the raw ones, as in the paper            validate
@@ -141,7 +141,7 @@ PRESETS = {
     "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
     # Half an hour a training on one core: tests/study.py compares dozens of them.
     "study": dict(_SHORT, leaves=(64, 256), period=600),
-    # Minutes: the README's first command. Each batch of 14 holds all seven tasks twice.
+    # Minutes: the README's first command. With all seven tasks, a batch of 14 holds each twice.
     "demo": dict(_SHORT, leaves=(64, 256), period=200),
     # Seconds: every part of the loop once, for tests. Nothing is learned.
     "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
@@ -222,7 +222,7 @@ def stages(arch, seq=False, order=None, period=None, none=False):
     period = period or RECIPES[arch]["period"]
     for k, letter in enumerate(order):
         if letter not in LETTERS or letter in order[:k]:
-            known = ", ".join(f"{letter} ({task})" for letter, task in LETTERS.items())
+            known = ", ".join(f"{key} ({task})" for key, task in LETTERS.items())
             raise ValueError(f"--order {order}: {letter!r} is unknown or repeated; use {known}")
     tasks = tuple(LETTERS[letter] for letter in order)
     if none:
@@ -287,7 +287,7 @@ def task_of(tasks, t, i, batch):
 def sample(source, tasks, crop, batch, key):
     """Sample i of an iteration's batch, before degradation: a dict of CPU tensors and numbers.
 
-    source: {"photos": ImageCache or ImageFiles, and perhaps a task: images of --pairs}.
+    source: {"photos": ImageCache or ImageFiles; a task: the images of --pairs}, one or both.
     crop: edge in pixels. key: (seed, stage, t, i).
     """
     seed, stage, t, i = key
@@ -298,16 +298,16 @@ def sample(source, tasks, crop, batch, key):
 
     task = task_of(tasks, t, i, batch)
     # Without a cache, `share` samples in a row come from one image, which is decoded once.
-    source = source[task] if task in source else source["photos"]
-    chooser = seeded(seed, stage, "image", (t * batch + i) // source.share)
-    k = int(torch.randint(len(source), (1,), generator=chooser))
-    h, w = source.size(k)
+    images = source[task if task in source else "photos"]
+    chooser = seeded(seed, stage, "image", (t * batch + i) // images.share)
+    k = int(torch.randint(len(images), (1,), generator=chooser))
+    h, w = images.size(k)
     edge = crop + MARGIN
     if task == "none":
-        return clean_sample(source, k, edge, below)
+        return clean_sample(images, k, edge, below)
     top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
     item = {"task": task,
-            "canvas": source.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
+            "canvas": images.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
             "offset": (16 + below(16), 16 + below(16)),
             "turn": below(8)}                                           # of flips and rotations
     if len(item["canvas"]) == 6:                                        # one of --pairs: GT, LQ
@@ -315,12 +315,13 @@ def sample(source, tasks, crop, batch, key):
         return item
     item["drawn"] = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
     if task == "haze":
-        depth = source.depth(k)                                                 # (1,1,h,w)
-        prior = depth is None
+        depth = images.depth(k)                                # (1,1,...), of the map's own size
+        prior = depth is None                                  # a map there isn't: knots instead
         if prior:
             depth = prior_knots(g)                                              # (1,1,8,8)
-        # (1,): of the whole image, however small the crop.
-        item["depth_max"] = enlarged_maximum(depth, (h, w), True) if prior else source.depth_max(k)
+            item["depth_max"] = enlarged_maximum(depth, (h, w), corners=True)
+        else:
+            item["depth_max"] = images.depth_max(k)     # (1,): of the image, however small the crop
         depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
         item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
     return item
@@ -366,8 +367,8 @@ def make_batch(samples, crop, device):
     return torch.stack(lq), torch.stack(gt).float() / 255, task
 
 
-# Degrading is done a task at a time: seven calls for a batch, each over all its images of that
-# task, since every degradation takes one parameter per image.
+# Degrading is done a task at a time, a call over all the batch's images of that task: every
+# degradation takes one parameter per image.
 
 def degrade_group(canvas, task, samples):
     """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers.
@@ -440,7 +441,9 @@ def prepare_batch(samples, crop, machine, args):
     lq, gt, task = make_batch(samples, crop, machine.device)
     if machine.channels_last:
         lq = lq.contiguous(memory_format=torch.channels_last)
-    return lq, None if args.arch == "classifier" else gt, task
+    if args.arch == "classifier":
+        gt = None
+    return lq, gt, task
 
 
 def draw_drop_paths(model, key, rows, device):
@@ -475,7 +478,7 @@ def draw_drop_paths(model, key, rows, device):
 #     --accumulate 2    two backwards of sum(loss) / 8 over 4 samples each; gradients add up
 #     two processes     backward of 2 * sum(loss) / 8 in each; DDP's average halves the sum
 #
-# Hence no mean over a part is taken anywhere, and no random number is drawn part by part.
+# Hence no mean over a part is taken anywhere, and no random number depends on how parts are cut.
 
 def loss_per_image(net, lq, gt, task):
     """(N,): L1, mean |y - gt| of each image: the paper's only loss. The classifier, for which there
@@ -496,7 +499,7 @@ def update_ema(ema, model, decay):
 
 def run_stages(run, net, source, machine, log):
     """The whole schedule of Section 3.2, from where the run stands (its start, or where it was
-    stopped) to its end. net is run.model as it is called: compiled, or shared among processes."""
+    stopped) to its end. net is run.model as it is called: perhaps compiled, or in DDP."""
     recipe, args, batch = run.recipe, run.args, run.recipe["batch"]
     images = builtin_images(*recipe["validate"])
     pairs = validation_pairs(images)                        # {task: [(lq, gt), ...]}
@@ -506,7 +509,7 @@ def run_stages(run, net, source, machine, log):
 
     # Stage by stage; a resumed run enters in the middle, at run.stage and run.iteration.
     while run.stage < len(run.stages):
-        stage = run.stages[run.stage]                       # its tasks: one more each time
+        stage = run.stages[run.stage]                       # with --seq one task more each time
         if run.iteration == 0:
             run.new_optimizer()                             # weights and EMA go on, Adam does not
         log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
@@ -517,7 +520,7 @@ def run_stages(run, net, source, machine, log):
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             run.optimizer.zero_grad()
-            net.train()                                     # validation has set it to eval
+            net.train()                                     # drop path is on
             losses = torch.zeros(batch, device=machine.device)
             for rows, samples in parts:                     # one part, unless --accumulate
                 lq, gt, task = prepare_batch(samples, recipe["crop"], machine, args)
@@ -603,7 +606,8 @@ class Args:
     resume: bool = option(False, "go on from OUT/last.pt")
     print_plan: bool = option(False, "print the schedule and stop")
     # How it is computed: faster or in less memory. What is computed stays the same but for rounding
-    # (bf16: 7 bits of mantissa in convolutions and matrix products; weights and Adam stay float32).
+    # (bf16: 7 bits of mantissa in convolutions and matrix products; weights and Adam stay float32),
+    # and with --cache none, whose samples take turns on images in another order.
     precision: str = option("fp32", "fp32, tf32 or bf16: numbers to compute in; tf32conv: TF32 for "
                             "convolutions alone, as the paper's torch 1.12 did on newer GPUs")
     compile: bool = option(False, "torch.compile the network")
@@ -675,7 +679,7 @@ def plan(args):
     rows, total = [], sum(stage.iterations for stage in args.stages)
     for k, stage in enumerate(args.stages, 1):
         rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
-                 for t in (1, stage.iterations // 2, stage.iterations)]
+                 for t in (1, max(stage.iterations // 2, 1), stage.iterations)]
         periods = f"{len(stage.periods)} x {stage.periods[0]}"
         rows.append([k, " ".join(stage.tasks), stage.iterations, periods, *rates])
     header = ["stage", "tasks", "iterations", "periods", "lr first", "lr middle", "lr last"]
@@ -772,10 +776,10 @@ class Run:
                 with open(unfinished, "wb") as file:
                     torch.save(state, file)
                 # Copied, not renamed: last.pt must not be lacking for a moment.
-                for source, name in ((last, "previous.pt"), (unfinished, keep)):
-                    if name and source.exists():
-                        with whole_file(self.out / name) as copied:
-                            shutil.copyfile(source, copied)
+                if last.exists():
+                    copy_whole(last, self.out / "previous.pt")
+                if keep:
+                    copy_whole(unfinished, self.out / keep)
         except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise self.failed(f"{last}: not saved ({reason})") from None
@@ -814,6 +818,12 @@ class Run:
         say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
 
 
+def copy_whole(source, target):
+    """A copy of a file that is there whole or not at all."""
+    with whole_file(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+
+
 def new_model(args):
     """Weights as they are before training: they depend on the seed alone, whatever was drawn
     before. fork_rng gives torch's own generator back as it was, to a notebook, say, that calls."""
@@ -838,15 +848,15 @@ def read_init(args):
 
 
 def checkpoints(out):
-    """What a run can go on from, newest first; previous.pt and the stages' ends are for a last.pt
-    that is torn or not finite."""
+    """What a run can go on from, in the order to try: previous.pt, then the stages' ends, are for a
+    last.pt that is torn or not finite."""
     ends = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [path for path in (out / "last.pt", out / "previous.pt", *ends) if path.exists()]
 
 
 def open_images(args, say):
-    """The images to train on, {"photos": ImageCache, and perhaps a task: that of --pairs}: --data,
-    or dead leaves, or both. They are decoded once into a cache beside the run."""
+    """The images to train on, {"photos": ImageCache of --data, dead leaves or both; a task: that
+    of --pairs}. They are decoded once into a cache beside the run, but with --cache none."""
     out, recipe = Path(args.out), args.recipe
     # A run's folder is its memory: nothing is begun on top of it, and nothing goes on without it.
     begun = checkpoints(out)
@@ -869,7 +879,7 @@ def open_images(args, say):
     if args.pairs:
         pairs = pair_items(match_pairs(Path(args.pairs[0]), Path(args.pairs[1])))
         source[args.pairs_as] = kind(folder, pairs, recipe["crop"], say)
-    if not args.pairs or LETTERS.get(args.order) != args.pairs_as:    # else nothing else is needed
+    if args.stages[-1].tasks != (args.pairs_as,):      # there are tasks besides that of --pairs
         source["photos"] = kind(folder, items, recipe["crop"], say)
     return source
 
@@ -920,10 +930,10 @@ class Machine:
         # scaling, which fp16 would.
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16,
                                 enabled=args.precision == "bf16")
-        # Equal parts, so that the mean over the batch is the mean of the processes' means.
-        batch, parts = args.recipe["batch"], f"{self.world} processes x --accumulate {self.parts}"
+        # Equal parts, so that each process has the same work, and share leaves no sample out.
+        batch, ways = args.recipe["batch"], f"{self.world} processes x --accumulate {self.parts}"
         if batch % (self.world * self.parts):
-            raise ValueError(f"a batch of {batch} can't be split among {parts}; choose numbers "
+            raise ValueError(f"a batch of {batch} can't be split among {ways}; choose numbers "
                              "that divide it")
         if self.world > 1:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -986,7 +996,7 @@ def lay_channels_last(model):
 # On the screen: the plan, a line every log_every iterations, the stage x task table after each
 # stage, where the results lie. In the files the same: log.jsonl, table.md, and as pictures.
 #
-#     stage 2/7 140/200 | loss jpeg 0.0301 rain 0.0442 | lr 3.1e-04 | 95.2 images/s | 3 min left
+#     stage 2/7 140/200 | loss jpeg 0.0301 rain 0.0442 | lr 3.3e-04 | 95.2 images/s | 3 min left
 #     validation: blur 28.42 noise 19.76 jpeg 32.30 rain 23.60 haze 12.20 dark 16.16 sr 27.40
 
 def before_training(args, pairs):
@@ -1078,9 +1088,9 @@ class Log:
         seconds, done = 0.0, run.iteration         # done: iterations, of the stage looked at
         for stage in run.stages[run.stage:]:
             every = run.args.val_every or stage.iterations
-            # One more where the last `every` is not whole; one that is due now is yet to come.
-            validations = math.ceil(stage.iterations / every) - max(done - 1, 0) // every
-            seconds += (stage.iterations - done) / self.rate() + validations * self.validation
+            planned = math.ceil(stage.iterations / every)          # the one at the end included
+            over = max(done - 1, 0) // every                       # one that is due now is not
+            seconds += (stage.iterations - done) / self.rate() + (planned - over) * self.validation
             done = 0
         return seconds
 
@@ -1153,7 +1163,7 @@ def stopped(run, log):
     again = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
     log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
             f"To go on:\n  {start} {again}")
-    sys.exit(128 + (log.stop or signal.SIGTERM))
+    sys.exit(128 + (log.stop or signal.SIGTERM))   # None: it was another process that was asked
 
 
 def finish(run, pairs, log, machine):
@@ -1177,7 +1187,7 @@ def train(args):
     """A whole run, from Args to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
         return print(plan(args))
-    # The plan comes first, then what may be refused at once; images may take a while.
+    # The plan comes first, but for what is refused at once; images may take a while.
     machine = Machine(args)
     leads = machine.rank == 0
     if leads:
@@ -1220,7 +1230,7 @@ def main(argv=None):
 
 
 def command(argv):
-    """Parses the command line and trains; what goes wrong becomes one line."""
+    """Parses the command line and trains; what the user can mend becomes one line."""
     args = parse(argv)
     tune_cpu()
     try:

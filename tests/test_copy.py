@@ -75,12 +75,23 @@ def definitions():
     return found
 
 
+GROUPS = {"*prompt*": BACKBONE, "*windows*": WINDOW, "*block*": RESTORMER}    # in README's table a name stands for each
+
+
+def listed(names):
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def table():
     found = definitions()
-    rows = ["| symbol | file, lines | needs besides torch |", "|---|---|---|"]
+    rows = ["; ".join(f"{group}: {listed(names)}" for group, names in GROUPS.items()) + ".", "",
+            "| symbol | file, lines | needs besides torch |", "|---|---|---|"]
     for symbol, (_, needs, _) in COPY.items():
         name, first, last, _ = found[symbol]
-        rows.append(f"| `{symbol}` | {name} {first}-{last} | {', '.join(f'`{n}`' for n in needs) or 'nothing'} |")
+        text = listed(needs)
+        for group, names in GROUPS.items():
+            text = text.replace(listed(names), group)
+        rows.append(f"| `{symbol}` | {name} {first}-{last} | {text or 'nothing'} |")
     return "\n".join(rows)
 
 
