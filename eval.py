@@ -143,8 +143,8 @@ def validation_pairs(images, split="in", seed=0):
     """images, [(gt (1,3,H,W), depth (1,1,h,w) or None), ...] -> {task: [(lq, gt), ...]}.
 
     split: the strengths in degrade.RANGES, "in" or "out". "out" lacks sr: the paper does not say
-    how its harder sr set was made. Each pair's seed names its task and image, so a pair stays as it
-    is when other images are added or tasks are left out.
+    how its harder sr set was made. Each pair's seed names its task and the image's number, so it
+    stays as it is when tasks are left out or images come after it.
     """
     pairs = {}
     for task in RANGES[split]:
@@ -171,7 +171,8 @@ def clean_pairs(images, seed=0):
         if k % 3 == 2:
             factor = 0.7 + 0.3 * torch.rand((), generator=seeded("clean", seed, k)).item()
             image = ImageOps.scale(image, factor, Image.Resampling.LANCZOS)
-        pairs.append((to_tensor(to_rgb(image)),) * 2)      # (1,3,H,W), twice the same
+        x = to_tensor(to_rgb(image))                               # (1,3,H,W)
+        pairs.append((x, x))
     return pairs
 
 
@@ -187,7 +188,7 @@ def restored(model, lq, task, device, tile=None):
     """
     tile = auto_tile(*lq.shape[2:]) if tile is None else tile
     with memory_errors_explained(*lq.shape[2:], tile):
-        # To restore, None is the picture whole.
+        # restore() takes None, not 0, for a whole picture.
         y = restore(model, lq.to(device), task, tile or None, report=tile_reporter())
         # Section 5.1: clamped, times 255, rounded. A network's output may leave [0,1].
         return to_image(y)
@@ -255,13 +256,13 @@ CLASSIFIER = MODEL.with_name("classifier.pt")
 
 @torch.no_grad()
 def classify(classifier, x, device, damaged=False):
-    """(name of the task, its probability) for one image (1,3,H,W), seen from border to border. The
+    """(name of the task, its probability) for one image (1,3,H,W), all of it in its own size. The
     name may be "none" where the classifier knows that answer, unless the image is known as damaged.
 
-    The classifier is a function of blocks: two convolutions of 3 x 3 with stride 3 turn each block
-    of 9 x 9 pixels into 32 numbers, and no two blocks overlap. So a large picture can be read in
-    strips of whole blocks, in little memory. (Up to 8 pixels at the right and the bottom make no
-    whole block and are not seen.)
+    The classifier is a function of blocks: each 9 x 9 pixels become 32 numbers, and no two blocks
+    overlap. So a large picture can be read in strips of whole blocks, in little memory. (Ours also
+    looks at one pixel around a block, which a strip's border hides: logits change by less than
+    0.002. Up to 8 pixels at the right and the bottom make no whole block and are not seen.)
     """
     h, w = x.shape[2:]
     x = F.pad(x, (0, max(9 - w, 0), 0, max(9 - h, 0)), mode="replicate")       # at least one block
@@ -337,7 +338,8 @@ def chosen_prompt(args, model, info, device):
         print("--task ignored: this model takes no prompt")
         return None
     # A prompt that training never used is an image like any other: what it does is not known.
-    unknown = {TASKS[k] for k in weights[0].nonzero()[:, 0]} - learned(info)
+    named = {task for task, weight in zip(TASKS, weights[0]) if weight > 0}
+    unknown = named - learned(info)
     if unknown:
         print(f"warning: this model has not learned {', '.join(sorted(unknown))}")
     return weights
@@ -484,7 +486,8 @@ def comparable_figures(args, info, counts):
     row = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), ())
     figures = dict(zip((*ORDER, *GROUPS), row))
     for name, (group, *_) in TESTSETS.items():
-        if name not in counts or group != "Unknown" and counts[name] != 100:
+        complete = name in counts and (group == "Unknown" or counts[name] == 100)
+        if not complete:
             figures[name] = figures[group] = None                      # so is the group's mean
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -515,7 +518,8 @@ def testsets(args, model, info, device):
     files = {}
     for name, (_, task, lq, gt) in TESTSETS.items():
         # Nobody knows what was done to the Unknown sets: with --oracle there is nothing to tell.
-        if (root / lq).is_dir() and (task or model.prompt != "ep" or not args.oracle):
+        untold = args.oracle and model.prompt == "ep" and task is None
+        if (root / lq).is_dir() and not untold:
             files[name] = match_pairs(root / lq, root / gt)
     missing = [name for name in TESTSETS if name not in files]
     if not files:
@@ -552,7 +556,7 @@ def testsets(args, model, info, device):
 # ==================================================================================================
 
 # ---- Commands on images that we degrade ourselves ------------------------------------------------
-# Each prints its table on stdout, says below it how it was measured, and writes its picture.
+# Most print a table on stdout, say below it how it was measured, and write a picture.
 
 def load_images(args):
     """[(image (1,3,H,W), depth (1,1,h,w) or None), ...]: built in, or those of --images. A file
@@ -676,7 +680,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".we
            ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
 # Below this probability the classifier's answer is doubtful, and a wrong prompt harms a picture.
 # A blind guess among eight answers has 0.125. Chosen for the shipped one, on photographs that it
-# was not trained on: so 2 of 100 clean pictures are touched (assets/README.md has the other side).
+# was not trained on, which flatters: there 2 of 100 clean pictures are touched (assets/README.md).
 DOUBT = 0.67
 
 
@@ -727,13 +731,14 @@ def process_folder(source, args, model, info, prompt, device):
 def process_file(source, target, args, model, info, prompt, device):
     """One file to one file of the same size; returns what is worth saying about it, in a line.
 
-    Whatever takes memory that grows with the picture stands inside the guard, so that one picture
-    too large for this machine can't end a folder.
+    What takes memory that grows with the picture stands inside a guard, open_image's or this one's,
+    so that one picture too large for this machine can't end a folder.
     """
     # Both names are asked for before minutes of work, not after.
     comparison = target.with_name(target.stem + "_compare.png")
-    for path in (target, comparison) if args.compare else (target,):
-        claim(path, FORMATS, args)
+    claim(target, FORMATS, args)
+    if args.compare:
+        claim(comparison, FORMATS, args)
     # open_image turns the picture upright, takes the first of several frames, and notes it.
     original, notes = open_image(source)
     w, h = original.size
@@ -741,14 +746,15 @@ def process_file(source, target, args, model, info, prompt, device):
     with memory_errors_explained(h, w, tile):
         picture = to_rgb(original)                                     # (H,W,3) uint8
         x = to_tensor(picture)                                         # (1,3,H,W)
+        task, untouched = prompt, False
         if isinstance(prompt, TaskClassifier):
-            prompt, note = ask_classifier(prompt, x, info, device)     # a name; None: let it be
+            task, note = ask_classifier(prompt, x, info, device)       # a name; None: let it be
+            untouched = task is None
             notes.append(note)
-        alone = prompt is None and model.prompt == "ep"
-        if not alone and tile > 0:
+        if not untouched and tile > 0:
             notes.append(f"in tiles of {tile}")
-        y = picture if alone else restored(model, x, prompt, device, tile)         # (H,W,3) uint8
-        save_picture(target, y, original, source if alone else None)
+        y = picture if untouched else restored(model, x, task, device, tile)       # (H,W,3) uint8
+        save_picture(target, y, original, source if untouched else None)
         if args.compare:
             compare_picture(comparison, picture, y)
     return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
@@ -780,7 +786,8 @@ def save_picture(target, picture, original, untouched=None):
     The network knows red, green and blue alone. So grey is restored as three equal channels and
     stored as one again; alpha passes by the network unchanged; a colour profile is copied, since it
     says what the numbers mean. EXIF data, GPS place and DPI are dropped: they may say what is no
-    longer so, as a thumbnail does. The file appears whole or not at all, on a full disk, too.
+    longer so, as a thumbnail does. (A file that is copied keeps them.) The file appears whole or
+    not at all, on a full disk, too.
     """
     out = Image.fromarray(picture)
     bands = original.getbands()                                        # as ("R","G","B","A")
@@ -830,7 +837,8 @@ def memory_errors_explained(h, w, tile):
         yield
     except (MemoryError, RuntimeError) as error:
         # numpy raises MemoryError; torch a RuntimeError, which only its words tell from others.
-        if "memory" not in repr(error).lower():
+        words = repr(error).lower()
+        if "memory" not in words or "illegal" in words:       # "an illegal memory access": a fault
             raise
         how = f"in tiles of {tile}" if tile else "whole"
         raise ValueError(f"not enough memory to restore {w} x {h} pixels {how}; "
@@ -884,7 +892,7 @@ def markdown(header, rows):
 
 
 def gain_colour(gain, reach):
-    """(R,G,B): white for no gain, towards green above, towards red below, full at +-reach."""
+    """(R,G,B): white for no gain, towards green above, towards red below, most at +-reach."""
     full = (46, 160, 90) if gain > 0 else (214, 69, 65)
     strength = 0.85 * min((abs(gain) / reach) ** 0.5, 1)       # the root lets small gains be seen
     return tuple(int(255 + (channel - 255) * strength) for channel in full)
@@ -1062,7 +1070,8 @@ def claim(path, endings, args):
 def result_path(args, name):
     """--output, or `name` beside the checkpoint; for the shipped one, in the working folder, so
     that assets/ stays as it is. Where an earlier result lies, strips.png becomes strips-2.png."""
-    folder = Path() if args.checkpoint == MODEL else args.checkpoint.parent
+    shipped = args.checkpoint.resolve() == MODEL.resolve()
+    folder = Path() if shipped else args.checkpoint.parent
     path, number = Path(args.output or folder / name), 2     # the first was without a number
     while path.exists() and not args.output and not args.overwrite:
         path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
@@ -1083,7 +1092,7 @@ def checkpoint_file(path):
 
 
 def export(args, model, info, device):
-    """The weights alone, in half precision: a seventh of train.py's file; loads as that does.
+    """The weights alone, in half precision: an eighth of train.py's file; loads as that does.
 
     train.py's file holds four float32 copies (raw, EMA, Adam's two moments). Here raw and EMA are
     the same tensors, which torch.save stores once, and half precision halves them.
@@ -1110,8 +1119,8 @@ def read_prompts(path):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-# What a command does is the first of these that is given, with none of them the table; and what
-# other flags that reads. Any other flag would be passed over in silence: it is refused.
+# {flag: (its command, the other flags that it reads)}. The first of these that is given decides;
+# without any it is the table. A flag that the command does not read is refused, not ignored.
 COMMANDS = {
     "export": (export, ()),                                            # weights to a small file
     "interpolate": (interpolate, ("input", "steps", "tile", "output")),
