@@ -826,6 +826,13 @@ def check_tile(tile, model):
         raise ValueError(f"--tile {tile} is too small for this model: at least {least}; 0: whole")
 
 
+def lacks_memory(error):
+    """Whether an exception says that memory ran out. numpy raises MemoryError; torch RuntimeError,
+    which only its words tell from others: CUDA's "an illegal memory access" is a fault."""
+    words = repr(error).lower()
+    return "memory" in words and "illegal" not in words
+
+
 @contextlib.contextmanager
 def memory_errors_explained(h, w, tile):
     """Around code for H x W pixels: where memory runs out, a ValueError says which tiles to try.
@@ -836,9 +843,7 @@ def memory_errors_explained(h, w, tile):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # numpy raises MemoryError; torch a RuntimeError, which only its words tell from others.
-        words = repr(error).lower()
-        if "memory" not in words or "illegal" in words:       # "an illegal memory access": a fault
+        if not lacks_memory(error):
             raise
         how = f"in tiles of {tile}" if tile else "whole"
         raise ValueError(f"not enough memory to restore {w} x {h} pixels {how}; "

@@ -1194,12 +1194,8 @@ def load_official(model, state_dict, prompts=None):
     Raises ValueError that names missing, unexpected and mis-shaped keys. Returns the model.
     """
     arch = {network: name for name, network in MODELS.items()}.get(type(model), "classifier")
-    state, slots = _unwrap(state_dict, "raw"), {}  # slots, by published names: where to copy to
-    for name, value in model.state_dict().items():
-        names, third = published_names(arch, model, name), len(value) // 3
-        slots[names[0]] = value
-        if len(names) == 2:                        # our qkv is their to_q, then their to_kv
-            slots[names[0]], slots[names[1]] = value[:third], value[third:]     # views: into ours
+    state = _unwrap(state_dict, "raw")
+    slots = by_published_names(arch, model, model.state_dict())                 # where to copy to
     if prompts is None:
         slots.pop("prompts", None)                 # the model keeps those that it has
     else:
@@ -1288,3 +1284,17 @@ def published_names(arch, model, name):
     if arch == "uformer" and ".qkv." in name:
         return [name.replace(".qkv.", ".qkv.to_q."), name.replace(".qkv.", ".qkv.to_kv.")]
     return [name]
+
+
+def by_published_names(arch, model, tensors):
+    """{our name: tensor} -> {published name: tensor}: the same tensors, or views of them, so that
+    what is copied into the result is in ours. Prompt images keep their name."""
+    renamed = {}
+    for name, value in tensors.items():
+        names = published_names(arch, model, name)
+        if len(names) == 1:
+            renamed[names[0]] = value
+        else:                                      # our qkv is their to_q, then their to_kv
+            third = len(value) // 3
+            renamed[names[0]], renamed[names[1]] = value[:third], value[third:]
+    return renamed

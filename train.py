@@ -56,8 +56,8 @@ from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, 
                      enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image,
                      seeded, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
-                  input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, read_prompts,
-                  task_strips, tune_cpu, validation_pairs)
+                  input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
+                  read_prompts, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
                    TaskClassifier, WindowBlock, build_model, load_model, reflect_pad)
 
@@ -1239,7 +1239,7 @@ def command(argv):
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:   # what the machine lacks; else a fault of ours
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if lacks_memory(error):
             sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
                      "--checkpointing, --batch or --crop")
         if isinstance(error, dist.DistError) or "by peer" in str(error):

@@ -52,17 +52,9 @@ from train import lay_channels_last, recompute_blocks  # noqa: E402
 # ---- Ours and theirs -----------------------------------------------------------------------------
 
 def by_published_names(arch, model, tensors):
-    """{our name: tensor} -> {published name: tensor}. The prompt images have no published name."""
-    renamed = {}
-    for name, value in tensors.items():
-        if name == "prompts":
-            continue
-        names = mioir.published_names(arch, model, name)
-        if len(names) == 1:
-            renamed[names[0]] = value
-        else:                                      # our qkv is their to_q, then their to_kv
-            rows = len(value) // 3
-            renamed[names[0]], renamed[names[1]] = value[:rows], value[rows:]
+    """mioir's, without the prompt images, which have no published name."""
+    renamed = mioir.by_published_names(arch, model, tensors)
+    renamed.pop("prompts", None)
     return renamed
 
 
