@@ -758,7 +758,7 @@ def list_images(folders, say=_say_aside):
     files, others, entered = [], [], set()
     for folder in folders:
         for path in _files_below(folder, entered):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
+            if path.suffix.lower() in SUFFIXES:
                 files.append(path)
             elif path.name.lower() not in ("thumbs.db", "desktop.ini"):       # Windows' own
                 others.append(path.name)

@@ -302,13 +302,13 @@ def confusion(classifier, pairs, device):
 def load_classifier(path, device):
     """The classifier of --classifier, or, for None, the one that ships in assets/.
 
-    Raises ValueError where there is none, or where the file holds a restoration model, with what to
-    do about it. (Files that are no checkpoint at all are load_model's to refuse.)
+    Raises ValueError where it can't be loaded or holds a restoration model, with what to do.
     """
     path = path or CLASSIFIER
-    if not Path(path).exists():
-        raise ValueError(f"--classifier {path}: No such file; or name it, such as --task noise")
-    classifier, _ = load_model(path, device=device)
+    try:
+        classifier, _ = load_model(path, device=device)
+    except ValueError as error:                # no checkpoint, or one from before a task was added
+        raise ValueError(f"--classifier {error}; or name the task, such as --task noise") from None
     if not isinstance(classifier, TaskClassifier):
         raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
     return classifier
@@ -481,7 +481,8 @@ def comparable_figures(args, info, counts):
     A set of In-Dis or Out-Dis has 100 images; of the Unknown ones we only know that they are five.
     counts: {set: number of images here}.
     """
-    if info["sizes"]:                  # what differs from the paper's network: a smaller one
+    # sizes: what differs from the paper's network. Its figures: raw weights, tasks found, not told.
+    if info["sizes"] or args.weights != "raw" or args.oracle:
         return {}
     row = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), ())
     figures = dict(zip((*ORDER, *GROUPS), row))
@@ -704,7 +705,7 @@ def process_folder(source, args, model, info, prompt, device):
     """All pictures below a folder, to the same names below --output. Goes on after a bad file; then
     names all bad ones at the end, and the exit code is 1."""
     out = Path(args.output or "")
-    if not args.output or out.is_file():
+    if not args.output or out.is_file() or out.suffix.lower() in FORMATS:
         raise ValueError("--input is a folder: name another one with --output")
     files = list_images([source])
     if source.resolve() in out.resolve().parents:           # its own results are not restored again
@@ -734,6 +735,8 @@ def process_file(source, target, args, model, info, prompt, device):
     What takes memory that grows with the picture stands inside a guard, open_image's or this one's,
     so that one picture too large for this machine can't end a folder.
     """
+    if target.exists() and target.samefile(source):         # even --overwrite does not mean that
+        raise ValueError(f"{target} is the picture itself; choose another --output")
     # Both names are asked for before minutes of work, not after.
     comparison = target.with_name(target.stem + "_compare.png")
     claim(target, FORMATS, args)
@@ -1087,12 +1090,15 @@ def result_path(args, name):
 
 def checkpoint_file(path):
     """The file meant by CKPT, for which people also type a run's folder, or a picture's name alone.
-    Raises ValueError for the latter, with the command that was meant."""
+    Raises ValueError for the latter, with the command that was meant; and for no file at all."""
     if path.suffix.lower() in SUFFIXES:
         raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: --input {path}")
     if path.is_dir():
         path = path / "last.pt"
         progress(f"a folder: takes its {path}")
+    if not path.exists():
+        runs = ", ".join(str(run.parent) for run in sorted(Path("runs").glob("*/last.pt")))
+        raise ValueError(f"{path}: No such file; runs there are: {runs or 'none yet'}")
     return path
 
 

@@ -164,8 +164,8 @@ class Backbone(nn.Module):
         if self.prompt == "ap":
             return self.path(x)
         if task is None:
-            raise ValueError("an 'ep' model needs task: a LongTensor (N,) of rows of TASKS, or "
-                             "weights (N,7); for restore, a name such as 'noise', too")
+            raise ValueError("an 'ep' model needs a task: to restore, a name such as 'noise'; in "
+                             "any call a LongTensor (N,) of rows of TASKS, or weights (N,7)")
         if task.is_floating_point():
             # (A model made before a task was added has fewer prompts: its weight is left out.)
             weights = task.to(self.prompts)[:, :len(self.prompts)]

@@ -315,16 +315,24 @@ def sample(source, tasks, crop, batch, key):
         return item
     item["drawn"] = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
     if task == "haze":
-        depth = images.depth(k)                                # (1,1,...), of the map's own size
-        prior = depth is None                                  # a map there isn't: knots instead
-        if prior:
-            depth = prior_knots(g)                                              # (1,1,8,8)
-            item["depth_max"] = enlarged_maximum(depth, (h, w), corners=True)
-        else:
-            item["depth_max"] = images.depth_max(k)     # (1,): of the image, however small the crop
-        depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
-        item["depth"] = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
+        item.update(crop_of_depth(images, k, top, left, edge, g))
     return item
+
+
+def crop_of_depth(images, k, top, left, edge, g):
+    """{"depth": (1,1,edge,edge), "depth_max": (1,)} of a haze sample: its part of the image's depth
+    map, or, where there is none, of a smooth prior drawn from g; and the maximum of the whole."""
+    depth, (h, w) = images.depth(k), images.size(k)            # (1,1,...), of the map's own size
+    prior = depth is None
+    if prior:
+        depth = prior_knots(g)                                                  # (1,1,8,8)
+        depth_max = enlarged_maximum(depth, (h, w), corners=True)
+    else:
+        depth_max = images.depth_max(k)
+    # Enlarged to the image, but computed inside the crop alone; reflected where the image ends.
+    depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
+    depth = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
+    return {"depth": depth, "depth_max": depth_max}
 
 
 def clean_sample(source, k, edge, below):
@@ -654,9 +662,13 @@ def parse(argv):
                      "not offered, as SwinIR's activations overflow it")
     if args.pairs and len(args.order or "") == 1:
         args.pairs_as = args.pairs_as or LETTERS.get(args.order)
-    if bool(args.pairs) != bool(args.pairs_as):
-        parser.error("--pairs LQ GT need --pairs-as TASK, or an --order of its letter alone; "
-                     "--pairs-as needs --pairs")
+    if args.pairs_as and not args.pairs:
+        parser.error(f"--pairs-as {args.pairs_as} says what --pairs LQ GT are; add these")
+    if args.pairs and not args.pairs_as:
+        parser.error("what are --pairs? Add --pairs-as TASK, or an --order of its letter alone")
+    for folder in (*(args.data or ()), *(args.pairs or ()), *filter(None, [args.depth])):
+        if not Path(folder).is_dir():
+            parser.error(f"{folder}: no such folder")
     for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
                             batch=1, crop=16, lr=1e-9).items():
         value = getattr(args, name)
@@ -1173,7 +1185,8 @@ def finish(run, pairs, log, machine):
         log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
-    command = f"python eval.py {run.out}/last.pt"
+    script = "eval.py" if len(TASKS) == 7 else sys.argv[0]         # a task more: who added it
+    command = f"python {script} {run.out}/last.pt"
     if run.args.pairs:                             # the table above is of other images than these
         command += f" --pairs {shlex.join(run.args.pairs)} --task {run.args.pairs_as}"
     took, speed = clock(time.monotonic() - log.start), f"{log.rate() * run.recipe['batch']:.1f}"

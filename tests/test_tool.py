@@ -179,8 +179,9 @@ def test_a_folder_goes_on_after_broken_files_and_says_so(files, tmp_path, capsys
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for k in range(7):
         Image.fromarray(PIXELS[k:]).save(tmp_path / "in" / "deep" / f"{k}.png")
-    for name in ("x.png", "y.jpg", "z.webp"):
+    for name in ("x.png", "y.jpg"):
         (tmp_path / "in" / name).write_bytes(b"broken")
+    (tmp_path / "in" / "z.webp").symlink_to("gone.webp")
     with pytest.raises(SystemExit) as stopped:
         run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "rain")
     said = capsys.readouterr()
@@ -309,6 +310,7 @@ BAD_REQUESTS = {
     "weights of nothing": (["--task", "noise:0"], ["all zero"]),
     "a weight that is no number": (["--task", "noise:nan"], ["--task noise:nan"]),
     "a missing picture": (["--input", "nothing.png"], ["--input nothing.png: No such file"]),
+    "a picture onto itself": (["--output", "in.png", "--overwrite"], ["in.png is the picture itself"]),
     "a classifier that is not asked": (["--classifier", "classifier.pt"], ["--classifier", "auto"]),
     "weights that are neither": (["--weights", "best"], ["best", "ema"]),
 }
@@ -319,6 +321,7 @@ def test_bad_requests_are_refused(files, tmp_path, kind, monkeypatch):
     monkeypatch.chdir(files)
     argv, words = BAD_REQUESTS[kind]
     Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    argv = [tmp_path / "in.png" if a == "in.png" else a for a in argv]
     argv = ["ep.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--task", "noise", *argv]
     if kind == "mixture of nothing":                       # means weight 1: not an error
         run(*argv)
@@ -326,6 +329,7 @@ def test_bad_requests_are_refused(files, tmp_path, kind, monkeypatch):
         return
     line = refused(*argv)
     assert all(word in line for word in words) and not (tmp_path / "out.png").exists()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "in.png")), PIXELS)
 
 
 def test_a_folder_that_cannot_be_written_and_a_full_disk_leave_nothing(files, tmp_path):
@@ -484,7 +488,9 @@ def test_a_flag_that_would_be_ignored_is_refused_before_the_checkpoint_is_read(t
 
 @pytest.mark.parametrize("argv, words", [
     (["in.png"], ["is a picture", "--input in.png"]), (["folder"], ["folder/last.pt: No such file"]),
-    (["nothing.pt"], ["nothing.pt: No such file"]), (["--input", "folder", "--output", "in.png"], ["--input is a folder"])])
+    (["nothing.pt"], ["nothing.pt: No such file", "there are: none yet"]),
+    (["--input", "folder", "--output", "in.png"], ["--input is a folder"]),
+    (["--input", "folder", "--output", "new.png"], ["--input is a folder"])])
 def test_a_mistaken_path_is_called_what_it_is(tmp_path, argv, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(PIXELS).save("in.png")
@@ -647,7 +653,8 @@ def test_a_set_whose_task_nobody_knows_is_left_out_where_the_true_task_is_told(f
 
 
 def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
-    info, args = {"arch": "srresnet", "prompt": "ep", "sizes": {}, "published": False, "facts": {"periods": [[1]] * 7}}, None
+    info = {"arch": "srresnet", "prompt": "ep", "sizes": {}, "published": False, "facts": {"periods": [[1]] * 7}}
+    args = evaluation.arguments([])
     whole = dict.fromkeys(evaluation.TESTSETS, 100)
     figures = evaluation.comparable_figures(args, info, whole)
     assert figures["rain"] == 34.31 and figures["In-Dis"] == 30.36 and figures["Unknown"] == 17.84
@@ -655,6 +662,8 @@ def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     assert set(figures) - set(fewer) == {"rain", "In-Dis"}
     assert "Unknown" not in evaluation.comparable_figures(args, info, {**dict.fromkeys(TASKS, 100), "Toled_val": 30})
     assert evaluation.comparable_figures(args, {**info, "sizes": {"width": 16}}, whole) == {}
+    for other in (["--weights", "ema"], ["--testsets", ".", "--oracle"]):      # the paper's: raw, tasks named by the classifier
+        assert evaluation.comparable_figures(evaluation.arguments(other), info, whole) == {}
     assert "difference" not in evaluation.score_table("set", {"rain": [20.0, 30.0, 10.0, 0.8, 0.9, 0.1]}, {})
 
 

@@ -203,7 +203,9 @@ def test_without_a_cache_the_files_are_read_and_nothing_is_stored(tmp_path, caps
     (["--seq", "--order", "rjx"], ["'x'", "r (rain)"]),
     (["--seq", "--order", "rr"], ["repeated"]),
     (["--preset", "huge"], ["huge", "demo"]),
-    (["--data", "nowhere"], ["nowhere", "no such folder"]),
+    (["--data", "nowhere"], ["nowhere", "no such folder"]), (["--depth", "nowhere"], ["nowhere", "no such folder"]),
+    (["--order", "n", "--pairs", "nowhere", "."], ["nowhere", "no such folder"]),
+    (["--pairs-as", "noise"], ["--pairs LQ GT"]),
     (["--data", "EMPTY"], ["no images"]),
     (["--data", "CORRUPT"], ["no usable image", "a.png"]),
     (["--data", "SMALL"], ["smaller than the crop"]),
@@ -221,6 +223,8 @@ def test_bad_input_gets_one_clear_line_and_leaves_nothing(tmp_path, argv, words,
     line = str(stopped.value.code)
     assert line.startswith("train.py: ") and "\n" not in line and all(word in line for word in words)
     assert not (tmp_path / "out" / "last.pt").exists()
+    if "no such folder" in words:                          # known before the plan and before the run's folder
+        assert not capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_with_another_run_is_refused(finished, capsys):
