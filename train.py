@@ -650,6 +650,8 @@ def parse(argv):
     """The command line as Args. Exits with one line where flags are unknown or contradict."""
     parser = OneLineParser("train.py", description=__doc__)
     for f in dataclasses.fields(Args):
+        # A field `pairs_as` becomes the flag --pairs-as. A bool's takes no value; a list's nargs
+        # says how many it takes; of any other the type of the field makes a value of the text.
         special = {bool: dict(action="store_true"), list: {}}         # a list: of str, by nargs
         kind = special.get(f.type, dict(type=f.type, default=f.default))
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
@@ -666,9 +668,6 @@ def parse(argv):
         parser.error(f"--pairs-as {args.pairs_as} says what --pairs LQ GT are; add these")
     if args.pairs and not args.pairs_as:
         parser.error("what are --pairs? Add --pairs-as TASK, or an --order of its letter alone")
-    for folder in (*(args.data or ()), *(args.pairs or ()), *filter(None, [args.depth])):
-        if not Path(folder).is_dir():
-            parser.error(f"{folder}: no such folder")
     for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
                             batch=1, crop=16, lr=1e-9).items():
         value = getattr(args, name)
@@ -690,6 +689,7 @@ def plan(args):
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
     rows, total = [], sum(stage.iterations for stage in args.stages)
     for k, stage in enumerate(args.stages, 1):
+        # Three rates show the cosine; the middle of four periods is the end of the second: eta_min.
         rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
                  for t in (1, max(stage.iterations // 2, 1), stage.iterations)]
         periods = f"{len(stage.periods)} x {stage.periods[0]}"
@@ -1172,6 +1172,7 @@ def stopped(run, log):
     start = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:        # torchrun started this process
         start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+    # The command as it was typed, quoted for a shell, with one --resume.
     again = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
     log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
             f"To go on:\n  {start} {again}")
@@ -1201,6 +1202,9 @@ def train(args):
     if args.print_plan:
         return print(plan(args))
     # The plan comes first, but for what is refused at once; images may take a while.
+    for folder in (*(args.data or ()), *(args.pairs or ()), *filter(None, [args.depth])):
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder")
     machine = Machine(args)
     leads = machine.rank == 0
     if leads:
@@ -1250,7 +1254,10 @@ def command(argv):
         train(args)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError) as error:   # what the machine lacks; else a fault of ours
+    except (RuntimeError, MemoryError) as error:
+        # What the machine lacks: torch says RuntimeError of memory, of a process gone and of a
+        # compiler alike, so words and flags must tell them apart. The rest is a fault of ours, of
+        # which the traceback helps.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if lacks_memory(error):
             sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "

@@ -115,7 +115,7 @@ def test_bad_requests_get_one_clear_line(checkpoint, picture, argv, words, monke
     monkeypatch.setattr(evaluation, "CLASSIFIER", picture.with_name("not shipped.pt"))
     torn = picture.with_name("torn.png")
     torn.write_bytes(picture.read_bytes()[:3000])
-    names = {"EXISTS": picture, "TORN": torn}
+    names = {"EXISTS": torn, "TORN": torn}
     argv = [names.get(a, a) for a in argv]
     with pytest.raises(SystemExit) as stopped:
         run(checkpoint, "--input", picture, "--output", picture.with_name("r.png"), *argv)
