@@ -139,7 +139,8 @@ def picture(path, results):
     papers = {(arch, variant): STUDY[arch][1][variant] for arch, variant in rows}
     everything = [g for each in gains.values() for g in each]
     everything += [0.0, *(paper for paper in papers.values() if paper is not None)]
-    low, high = math.floor(min(everything) * 4) / 4, math.ceil(max(everything) * 4) / 4
+    unit = 0.25 if max(everything) - min(everything) <= 2.5 else 0.5         # so that 0 gets a line
+    low, high = math.floor(min(everything) / unit) * unit, math.ceil(max(everything) / unit) * unit
     left, right, top, step = 190, 860, 70, 40
     sheet = Image.new("RGB", (right + 40, top + step * len(rows) + 50), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
@@ -149,8 +150,7 @@ def picture(path, results):
 
     def column(gain):
         return float(np.interp(gain, (low, high), (left, right)))
-    ticks = np.arange(low, high + 0.01, 0.25 if high - low <= 2.5 else 0.5)
-    for tick in ticks:
+    for tick in np.arange(low, high + 0.01, unit):
         x = column(tick)
         pen.line((x, top - 12, x, bottom), "#888888" if tick == 0 else "#dddddd")
         pen.text((x, bottom + 14), f"{tick:+.2f}", "black", font, "mm")
