@@ -734,12 +734,17 @@ def _say_aside(text):
     print(text, file=sys.stderr)                       # so that a table can be redirected
 
 
+def require_folder(folder):
+    """Raises ValueError for a missing folder."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+
+
 def _files_below(folder, entered):
     """All files below a folder, sorted, but hidden ones. Folders that are links are entered, too,
     but each real folder once, so that links in a circle end; entered: the set of those. Raises
     ValueError for a missing folder."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such folder")
+    require_folder(folder)
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -758,10 +763,10 @@ def list_images(folders, say=_say_aside):
     files, others, entered = [], [], set()
     for folder in folders:
         for path in _files_below(folder, entered):
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in SUFFIXES and path.is_file():
                 files.append(path)
             elif path.name.lower() not in ("thumbs.db", "desktop.ini"):       # Windows' own
-                others.append(path.name)
+                others.append(path.name if path.exists() else f"{path.name} (a broken link)")
     names = ", ".join(map(str, folders))
     if others:
         count = "1 file" if len(others) == 1 else f"{len(others)} files"

@@ -482,7 +482,8 @@ def comparable_figures(args, info, counts):
     counts: {set: number of images here}.
     """
     # sizes: what differs from the paper's network. Its figures: raw weights, tasks found, not told.
-    if info["sizes"] or args.weights != "raw" or args.oracle:
+    told = args.oracle and info["prompt"] == "ep"
+    if info["sizes"] or args.weights != "raw" or told:
         return {}
     row = PAPER.get((info["arch"], schedule_of(args, info), info["prompt"]), ())
     figures = dict(zip((*ORDER, *GROUPS), row))
@@ -735,13 +736,11 @@ def process_file(source, target, args, model, info, prompt, device):
     What takes memory that grows with the picture stands inside a guard, open_image's or this one's,
     so that one picture too large for this machine can't end a folder.
     """
-    if target.exists() and target.samefile(source):         # even --overwrite does not mean that
-        raise ValueError(f"{target} is the picture itself; choose another --output")
     # Both names are asked for before minutes of work, not after.
     comparison = target.with_name(target.stem + "_compare.png")
-    claim(target, FORMATS, args)
+    claim(target, FORMATS, args, source)
     if args.compare:
-        claim(comparison, FORMATS, args)
+        claim(comparison, FORMATS, args, source)
     # open_image turns the picture upright, takes the first of several frames, and notes it.
     original, notes = open_image(source)
     w, h = original.size
@@ -1061,12 +1060,14 @@ def curves_picture(path, title, log):
 # What cannot be read or written is said in one line that names the file, before any work is done
 # where that can be known.
 
-def claim(path, endings, args):
+def claim(path, endings, args, source=None):
     """Asked of every file that a command writes for its user, before the work begins: makes its
     folder. Raises ValueError for an ending of another kind, and where a file would be overwritten:
-    none is without --overwrite."""
+    none is without --overwrite, and never `source`, the picture that it is made of."""
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path}: the ending must be one of {' '.join(endings)}")
+    if source and path.exists() and path.samefile(source):
+        raise ValueError(f"{path} is the picture itself; choose another --output")
     if path.exists() and not args.overwrite:
         raise ValueError(f"{path} exists; choose another name or add --overwrite")
     try:
@@ -1084,7 +1085,7 @@ def result_path(args, name):
     while path.exists() and not args.output and not args.overwrite:
         path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
         number += 1
-    claim(path, [".json"] if name.endswith(".json") else FORMATS, args)
+    claim(path, [".json"] if name.endswith(".json") else FORMATS, args, args.input)
     return path
 
 

@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop,
                      enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image,
-                     seeded, whole_file)
+                     require_folder, seeded, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   read_prompts, task_strips, tune_cpu, validation_pairs)
@@ -1203,8 +1203,7 @@ def train(args):
         return print(plan(args))
     # The plan comes first, but for what is refused at once; images may take a while.
     for folder in (*(args.data or ()), *(args.pairs or ()), *filter(None, [args.depth])):
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder")
+        require_folder(folder)
     machine = Machine(args)
     leads = machine.rank == 0
     if leads:

@@ -179,9 +179,8 @@ def test_a_folder_goes_on_after_broken_files_and_says_so(files, tmp_path, capsys
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for k in range(7):
         Image.fromarray(PIXELS[k:]).save(tmp_path / "in" / "deep" / f"{k}.png")
-    for name in ("x.png", "y.jpg"):
+    for name in ("x.png", "y.jpg", "z.webp"):
         (tmp_path / "in" / name).write_bytes(b"broken")
-    (tmp_path / "in" / "z.webp").symlink_to("gone.webp")
     with pytest.raises(SystemExit) as stopped:
         run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "rain")
     said = capsys.readouterr()
@@ -311,6 +310,8 @@ BAD_REQUESTS = {
     "a weight that is no number": (["--task", "noise:nan"], ["--task noise:nan"]),
     "a missing picture": (["--input", "nothing.png"], ["--input nothing.png: No such file"]),
     "a picture onto itself": (["--output", "in.png", "--overwrite"], ["in.png is the picture itself"]),
+    "a strip onto its picture": (["--task", "", "--interpolate", "noise,jpeg", "--output", "in.png", "--overwrite"],
+                                 ["in.png is the picture itself"]),
     "a classifier that is not asked": (["--classifier", "classifier.pt"], ["--classifier", "auto"]),
     "weights that are neither": (["--weights", "best"], ["best", "ema"]),
 }
@@ -664,6 +665,9 @@ def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     assert evaluation.comparable_figures(args, {**info, "sizes": {"width": 16}}, whole) == {}
     for other in (["--weights", "ema"], ["--testsets", ".", "--oracle"]):      # the paper's: raw, tasks named by the classifier
         assert evaluation.comparable_figures(evaluation.arguments(other), info, whole) == {}
+    told = evaluation.arguments(["--testsets", ".", "--oracle"])
+    plain = evaluation.comparable_figures(told, {**info, "prompt": None}, whole)     # takes no task
+    assert plain["In-Dis"] == 29.81
     assert "difference" not in evaluation.score_table("set", {"rain": [20.0, 30.0, 10.0, 0.8, 0.9, 0.1]}, {})
 
 
@@ -750,6 +754,13 @@ def test_pictures_without_a_partner_are_counted_on_both_sides_and_left_out(tmp_p
     (tmp_path / "lq" / "x.png").unlink()
     assert len(evaluation.match_pairs(tmp_path / "lq", tmp_path / "gt")) == 2
     assert f"0 of {tmp_path / 'lq'}" in (said := capsys.readouterr().err) and f"1 of {tmp_path / 'gt'}" in said
+
+
+def test_a_broken_link_is_called_one_and_the_rest_goes_on(tmp_path, capsys):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("gone.png")
+    assert [path.name for path in degrade.list_images([tmp_path])] == ["a.png"] and len(degrade.photo_items([tmp_path])) == 1
+    assert "b.png (a broken link)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count, words", [(1, "passed over 1 file "), (2, "passed over 2 files ")])
