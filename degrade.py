@@ -917,17 +917,22 @@ def _make_photo(path, depth_path):
     return read_image(path), None if depth_path is None else read_depth(depth_path)
 
 
+def item_name(stem, *files):
+    """stem-size-fingerprint: the fingerprint is of the files' paths, sizes and times, so that a
+    changed file has another name and is read anew."""
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    size = sum(size for _, size, _ in facts)
+    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    stem = stem[:40].encode(errors="replace").decode()                 # a name that is not UTF-8
+    return f"{stem}-{size}-{fingerprint}"
+
+
 def photo_items(folders, depth_folder=None, say=_say_aside):
-    """Items: the photos below the folders. A name is stem-size-fingerprint; the fingerprint is of
-    path, size and time, so that a changed file is read anew."""
+    """Items: the photos below the folders, with their depth maps."""
     items = []
     for path, depth in find_depths(folders, depth_folder, say).items():
         files = [path] if depth is None else [path, depth]
-        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        size = sum(f.stat().st_size for f in files)
-        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        stem = path.stem[:40].encode(errors="replace").decode()        # a name that is not UTF-8
-        items.append((f"{stem}-{size}-{fingerprint}", _make_photo, (path, depth)))
+        items.append((item_name(path.stem, *files), _make_photo, (path, depth)))
     return items
 
 

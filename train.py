@@ -53,8 +53,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop,
-                     enlarged_maximum, jpeg, leaf_items, photo_items, prior_knots, read_image,
-                     require_folder, seeded, whole_file)
+                     enlarged_maximum, item_name, jpeg, leaf_items, photo_items, prior_knots,
+                     read_image, require_folder, seeded, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   read_prompts, task_strips, tune_cpu, validation_pairs)
@@ -898,13 +898,8 @@ def open_images(args, say):
 
 def pair_items(pairs):
     """Items of an ImageCache for [(LQ file, GT file), ...]: images of six channels, GT then LQ, so
-    that a crop of both is one crop. Named as photos are, so that a changed file is read anew."""
-    items = []
-    for lq, gt in pairs:
-        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in (lq, gt)]
-        size, fingerprint = facts[0][1] + facts[1][1], f"{seeded(*facts).initial_seed():016x}"
-        items.append((f"pair-{lq.stem[:40]}-{size}-{fingerprint}", _make_pair, (lq, gt)))
-    return items
+    that a crop of both is one crop."""
+    return [(f"pair-{item_name(lq.stem, lq, gt)}", _make_pair, (lq, gt)) for lq, gt in pairs]
 
 
 def _make_pair(lq, gt):
