@@ -913,12 +913,13 @@ def parse_task(text):
 def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
-    x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3), uint8 or floats in
-    [0,1]; a PIL image, or a file's path: for both an upright image of PIL comes out, of mode L for
-    grey of mode L, else RGB: transparency is lost. Floats come out unclamped, as the network made
-    them. Raises ValueError for other shapes, and for numbers beyond 2: such as are in 0 .. 255.
-    task: a name of TASKS; a mixture, "noise:0.7,jpeg:0.3"; or as in Backbone.read_prompt. Only "ep"
-    models read it. ("auto", which asks a classifier, is eval.py's.)
+    x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3) or, grey, (H,W), uint8
+    or floats in [0,1]; a PIL image of 8 bits, or a file's path: for both an upright image of PIL
+    comes out, of mode L for grey of mode L, else RGB: transparency is lost. Floats come out
+    unclamped, as the network made them. Raises ValueError for other shapes, and for numbers beyond
+    2: such as are in 0 .. 255.
+    task: a name of TASKS, or its row; a mixture, "noise:0.7,jpeg:0.3"; or as in
+    Backbone.read_prompt. Only "ep" models read it. ("auto", by a classifier, is eval.py's.)
     tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
     bounded; None runs the picture whole. overlap: pixels that neighbours share, more than twice
     model.context; the default suits the backbone. report(done, tiles) is called after each tile.
@@ -929,6 +930,10 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """
     if isinstance(task, str):      # one task: its row, (1,), for all of a batch; else weights (1,7)
         task = torch.tensor([TASKS.index(task)]) if task in TASKS else parse_task(task)
+    if isinstance(task, int):
+        if not 0 <= task < len(TASKS):
+            raise ValueError(f"task {task}: rows of TASKS are 0 to {len(TASKS) - 1}")
+        task = torch.tensor([task])
     x, as_given = to_batch(x, next(model.parameters(), torch.empty(0)))
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
@@ -982,25 +987,30 @@ def to_batch(x, like):
     if isinstance(x, (str, Path)):
         with Image.open(x) as image:               # a missing or torn file is pillow's to name
             return to_batch(image, like)
-    mode = None
-    if isinstance(x, Image.Image):
-        mode = x.mode                              # "RGB", "L" (grey), ...
-        if mode[0] in "IF":                        # 16 bits or more: pillow would cut them at 255
-            raise ValueError(f"restore takes images of 8 bits, not of mode {mode}")
+    picture = isinstance(x, Image.Image)
+    if picture:
+        if x.mode[0] in "IF":                      # 16 bits or more: pillow would cut them at 255
+            raise ValueError(f"restore takes images of 8 bits, not of mode {x.mode}; eval.py "
+                             "--input reads them, as 8")
         # Cameras store pictures as the sensor lay, and how to turn them in EXIF.
-        x = np.asarray(ImageOps.exif_transpose(x).convert("RGB"))
+        x = np.asarray(ImageOps.exif_transpose(x).convert("L" if x.mode == "L" else "RGB"))
     shape, kind = getattr(x, "shape", ()), str(getattr(x, "dtype", type(x).__name__))
-    if shape[2:] != (3,) or kind not in ("uint8", "float16", "float32", "float64"):
-        raise ValueError("restore takes a path, a PIL image, a tensor or an array (H,W,3) of uint8 "
-                         f"or floats, not {shape} of {kind}")
+    grey = len(shape) == 2
+    if not (grey or shape[2:] == (3,)) or kind not in ("uint8", "float16", "float32", "float64"):
+        raise ValueError("restore takes a path, a PIL image, a tensor or an array (H,W,3) or (H,W) "
+                         f"of uint8 or floats, not {shape} of {kind}")
     full = 255 if kind == "uint8" else 1           # floats beyond [0,1] are for restore to refuse
+    if grey:                                       # to the network, three equal channels
+        x = np.stack((x, x, x), 2)                                              # (H,W,3)
 
     def back(y):
         y = y[0].permute(1, 2, 0).float().cpu()                                 # (H,W,3)
+        if grey:
+            y = y @ torch.tensor((0.299, 0.587, 0.114))                         # (H,W): luma
         if full == 255:                            # as the protocol rounds: see eval.restored
             y = (y * 255).round().clamp(0, 255)
         y = y.numpy().astype(kind)
-        return Image.fromarray(y).convert("L" if mode == "L" else "RGB") if mode else y
+        return Image.fromarray(y) if picture else y
     return torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None].to(like), back
 
 

@@ -105,6 +105,10 @@ def striped_prompts():
     return (torch.stack(stripes) % 2).float()
 
 
+# What a crop's edge must divide by: windows of 8 x 8; three halvings; four, and then a window.
+CROP_MULTIPLE = {"swinir": 8, "restormer": 8, "promptir": 8, "uformer": 128}
+
+
 # The paper's recipe is made for GPUs. So that a run fits two CPU cores, a preset changes it: a
 # smaller model, smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher
 # rate and an EMA that forgets faster. A recipe has five layers, of which a later one wins, and
@@ -304,7 +308,7 @@ def sample(source, tasks, crop, batch, key):
     h, w = images.size(k)
     edge = crop + MARGIN
     if task == "none":
-        return clean_sample(images, k, edge, below)
+        return as_kept(clean_sample(images, k, edge, below), below)
     top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
     item = {"task": task,
             "canvas": images.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
@@ -316,7 +320,7 @@ def sample(source, tasks, crop, batch, key):
     item["drawn"] = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
     if task == "haze":
         item.update(crop_of_depth(images, k, top, left, edge, g))
-    return item
+    return as_kept(item, below) if "none" in tasks else item
 
 
 def crop_of_depth(images, k, top, left, edge, g):
@@ -337,13 +341,9 @@ def crop_of_depth(images, k, top, left, edge, g):
 
 def clean_sample(source, k, edge, below):
     """A sample of an image that nobody damaged, for a classifier that must not see damage in it: as
-    it is, as a good JPEG (quality 85 to 98), or reduced in size (to 0.5 to 1), by chance.
-    below(n): a random integer, 0 .. n - 1. Not in the paper, whose classifier knows no "none"."""
-    kind, large, quality = below(3), edge, 0
-    if kind == 1:
-        quality = 85 + below(14)
-    if kind == 2:
-        large = edge + below(edge + 1)
+    it is, or reduced in size (to 0.5 to 1). below(n): a random integer, 0 .. n - 1. Not in the
+    paper, whose classifier knows no "none"."""
+    large = edge + below(edge + 1) if below(3) == 0 else edge
     h, w = source.size(k)
     large = max(min(large, h, w), edge)            # no larger than the image, if possible
     top, left = below(max(h - large, 0) + 1), below(max(w - large, 0) + 1)
@@ -352,7 +352,29 @@ def clean_sample(source, k, edge, below):
         canvas = F.interpolate(canvas[None].float(), (edge, edge), mode="bicubic", antialias=True)
         canvas = canvas[0].round().clamp(0, 255).byte()
     return {"task": "none", "canvas": canvas, "offset": (16 + below(16), 16 + below(16)),
-            "turn": below(8), "drawn": {"quality": torch.tensor([float(quality)])}}
+            "turn": below(8)}
+
+
+def as_kept(item, below):
+    """A sample as people keep their pictures: a fourth of them is grey, a third saved as a good
+    JPEG (quality 85 to 98; not of the task jpeg). For a classifier that is asked about any file:
+    one that saw coloured noise alone, never saved, takes the noise of a grey photo for haze."""
+    item["grey"] = below(4) == 0
+    item["saved"] = 85 + below(14) if below(3) == 0 and item["task"] != "jpeg" else 0
+    if item["grey"]:
+        r, g, b = item["canvas"].float()
+        grey = (0.299 * r + 0.587 * g + 0.114 * b).round().byte()               # as pillow's "L"
+        item["canvas"] = grey.expand_as(item["canvas"])
+    return item
+
+
+def kept(y, samples):
+    """What as_kept asked for, after the degradation of (n,3,edge,edge). A grey file has one channel
+    of noise, not three."""
+    grey = torch.tensor([s["grey"] for s in samples], device=y.device)[:, None, None, None]
+    y = torch.where(grey, y[:, :1], y)
+    quality = torch.tensor([float(s["saved"]) for s in samples], device=y.device)
+    return torch.where(quality[:, None, None, None] > 0, jpeg(y, quality.clamp_min(1)), y)
 
 
 def make_batch(samples, crop, device):
@@ -365,7 +387,10 @@ def make_batch(samples, crop, device):
         rows = [i for i, s in enumerate(samples) if s["task"] == task]
         if rows:
             x = canvas[rows].float() / 255                                      # (n,3,edge,edge)
-            y = degrade_group(x, task, [samples[i] for i in rows])
+            group = [samples[i] for i in rows]
+            y = degrade_group(x, task, group)
+            if "saved" in group[0]:
+                y = kept(y, group)
             for i, degraded in zip(rows, y):
                 top, left = samples[i]["offset"]
                 inside = slice(top, top + crop), slice(left, left + crop)
@@ -384,12 +409,11 @@ def degrade_group(canvas, task, samples):
     larger still, and its one brightest spot makes all others darker."""
     if "lq" in samples[0]:                         # --pairs: somebody else has degraded them
         return torch.stack([s["lq"] for s in samples]).to(canvas.device).float() / 255
+    if task == "none":
+        return canvas
     drawn = {}
     for name in samples[0]["drawn"]:
         drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
-    if task == "none":
-        quality = drawn["quality"].to(canvas.device)[:, None, None, None]
-        return torch.where(quality > 0, jpeg(canvas, drawn["quality"].clamp_min(1)), canvas)
     if task != "haze":
         return apply(canvas, task, drawn, peak=RAIN_PEAK)
     depth = torch.cat([s["depth"] for s in samples]).to(canvas.device)          # (n,1,edge,edge)
@@ -668,6 +692,9 @@ def parse(argv):
         parser.error(f"--pairs-as {args.pairs_as} says what --pairs LQ GT are; add these")
     if args.pairs and not args.pairs_as:
         parser.error("what are --pairs? Add --pairs-as TASK, or an --order of its letter alone")
+    edge, multiple = args.recipe["crop"], CROP_MULTIPLE.get(args.arch, 1)
+    if edge % multiple:
+        parser.error(f"--crop {edge}: {args.arch} needs a multiple of {multiple}")
     for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
                             batch=1, crop=16, lr=1e-9).items():
         value = getattr(args, name)
@@ -827,7 +854,10 @@ class Run:
             part.load_state_dict(saved[name])
         self.stage, self.iteration = saved["stage"], saved["iteration"]
         self.table = [tuple(row) for row in saved["table"]]
-        say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
+        if self.stage == len(self.stages):
+            say(f"{path}: this run is finished; only its table and pictures are made anew")
+        else:
+            say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
 
 
 def copy_whole(source, target):
@@ -1184,7 +1214,10 @@ def finish(run, pairs, log, machine):
     script = "eval.py" if len(TASKS) == 7 else sys.argv[0]         # a task more: who added it
     command = f"python {script} {run.out}/last.pt"
     if run.args.pairs:                             # the table above is of other images than these
-        command += f" --pairs {shlex.join(run.args.pairs)} --task {run.args.pairs_as}"
+        command += f" --pairs {shlex.join(run.args.pairs)}"
+        command += f" --task {run.args.pairs_as}" if run.args.prompt == "ep" else ""
+    if run.args.data or run.args.pairs:
+        log.say("(The table is of the built-in images, held out; not of yours.)")
     took, speed = clock(time.monotonic() - log.start), f"{log.rate() * run.recipe['batch']:.1f}"
     if machine.device.type == "cuda":
         took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"

@@ -330,13 +330,20 @@ def test_restore_mixes_tasks_and_leaves_grey_pictures_grey():
     assert torch.allclose(restore(model, x, "jpeg"), restore(model, x, torch.tensor([TASKS.index("jpeg")] * 2)), atol=1e-6)
     for mode, expected in (("L", "L"), ("RGB", "RGB"), ("RGBA", "RGB"), ("P", "RGB")):
         assert restore(model, Image.new(mode, (30, 20)), "noise").mode == expected
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    floats, levels = restore(model, grey / np.float32(255), "noise"), restore(model, grey, "noise")
+    colour = restore(model, np.stack([grey / np.float32(255)] * 3, 2), "noise")
+    assert np.abs(floats - colour @ np.float32((0.299, 0.587, 0.114))).max() < 1e-6
+    assert levels.dtype == np.uint8 and np.abs(levels - (floats * 255).clip(0, 255)).max() < 0.51
+    assert np.array_equal(restore(model, Image.fromarray(grey), "noise"), levels)
+    assert torch.equal(restore(model, x, TASKS.index("jpeg")), restore(model, x, "jpeg"))
 
 
 @pytest.mark.parametrize("x, task, words", [
     (torch.rand(1, 3, 8, 8) * 255, "noise", "divide by 255"), (np.full((8, 8, 3), 90.0), "noise", "divide by 255"),
-    (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "noise", "divide by 255"), (np.zeros((8, 8)), "noise", "(H,W,3)"),
+    (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "noise", "divide by 255"), (np.zeros((8, 8, 4)), "noise", "(H,W,3)"),
     (np.zeros((3, 8, 8), np.uint8), "noise", "(H,W,3)"), (torch.rand(8, 8), "noise", "(N,3,H,W)"), ([1], "noise", "list"),
-    (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'"),
+    (torch.rand(1, 3, 8, 8), 7, "0 to 6"), (torch.rand(1, 3, 8, 8), -1, "0 to 6"), (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'"),
     (torch.rand(1, 3, 8, 8), "auto", "auto is eval.py's, by a classifier"), (torch.rand(1, 3, 8, 8), "noise:x", "'x' is not a number")])
 def test_restore_refuses_what_it_cannot_read_in_one_line(x, task, words):
     with pytest.raises(ValueError) as caught:

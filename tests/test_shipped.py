@@ -1,4 +1,5 @@
 """The weights in assets/ do what assets/README.md says; and checkpoints are exported as they were."""
+import io
 import re
 import shutil
 import time
@@ -48,6 +49,23 @@ def test_the_shipped_classifier_knows_the_sample_photos():
     for seed in (0, 1):
         accuracy, _ = evaluation.confusion(classifier, validation_pairs(photos, seed=seed), "cpu")
         assert np.mean(list(accuracy.values())) >= 95
+
+
+@pytest.mark.parametrize("grey", (False, True), ids=("colour", "grey"))
+@pytest.mark.parametrize("quality", (None, 90), ids=("png", "jpeg"))
+def test_noise_is_found_in_grey_pictures_and_in_saved_ones(grey, quality):
+    """As files hold it: one channel of noise, or noise that a JPEG's 8 x 8 blocks have rounded."""
+    classifier, _ = mioir.load_model(evaluation.CLASSIFIER)
+    random = np.random.default_rng(0)
+    for path in sorted((ASSETS / "photos").glob("*.png")):
+        clean = np.asarray(Image.open(path).convert("L" if grey else "RGB"), np.float32)
+        noisy = Image.fromarray((clean + random.normal(0, 30, clean.shape)).round().clip(0, 255).astype(np.uint8))
+        if quality:
+            file = io.BytesIO()
+            noisy.save(file, "JPEG", quality=quality)
+            noisy = Image.open(file)
+        name, sure = evaluation.classify(classifier, to_tensor(np.asarray(noisy.convert("RGB"))), "cpu")
+        assert name == "noise" and sure > evaluation.DOUBT, path.name
 
 
 def test_clean_photos_are_left_as_they_are(tmp_path, capsys):

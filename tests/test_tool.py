@@ -304,7 +304,8 @@ BAD_REQUESTS = {
     "tile too small for its overlap": (["--tile", "32"], ["--tile 32", "at least 81"]),
     "prompts that are no file": (["--prompts", "nothing.npy"], ["nothing.npy"]),
     "interpolation between unknowns": (["--task", "", "--interpolate", "fog,noise"], ["fog"]),
-    "interpolation of one": (["--task", "", "--interpolate", "noise"], ["--interpolate A,B needs"]),
+    "interpolation of one": (["--task", "", "--interpolate", "noise"], ["--interpolate noise: two tasks with a comma"]),
+    "several pictures": (["b.png", "c.png"], ["one picture or a folder"]),
     "negative weights": (["--task", "noise:-1,jpeg:2"], ["negative"]),
     "weights of nothing": (["--task", "noise:0"], ["all zero"]),
     "a weight that is no number": (["--task", "noise:nan"], ["--task noise:nan"]),
@@ -331,6 +332,15 @@ def test_bad_requests_are_refused(files, tmp_path, kind, monkeypatch):
     line = refused(*argv)
     assert all(word in line for word in words) and not (tmp_path / "out.png").exists()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "in.png")), PIXELS)
+
+
+def test_words_that_belong_together_are_not_taken_for_a_checkpoint(tmp_path):
+    """As a shell makes of --input *.png, and as one types --interpolate without its comma."""
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    assert "one picture or a folder" in refused("--input", tmp_path / "a.png", tmp_path / "b.png")
+    assert "two tasks with a comma" in refused("--interpolate", "noise", "jpeg", "--input", tmp_path / "a.png")
+    assert "is the folder of --input" in refused("--input", tmp_path, "--output", f"{tmp_path}/.", "--task", "noise")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_a_folder_that_cannot_be_written_and_a_full_disk_leave_nothing(files, tmp_path):

@@ -294,7 +294,7 @@ def pairs(tmp_path):
     return tmp_path / "LQ", tmp_path / "GT"
 
 
-def test_ones_own_pairs_take_the_place_of_a_task(pairs, tmp_path, tiny):
+def test_ones_own_pairs_take_the_place_of_a_task(pairs, tmp_path, tiny, capsys):
     alone = ["--arch", "srresnet", "--preset", "smoke", "--order", "n", "--pairs", *pairs, "--out", tmp_path / "alone"]
     source = train.open_images(train.parse([str(a) for a in alone]), print)
     assert set(source) == {"noise"} and len(source["noise"]) == 3
@@ -302,6 +302,10 @@ def test_ones_own_pairs_take_the_place_of_a_task(pairs, tmp_path, tiny):
     lq, gt, task = train.make_batch(samples, 32, "cpu")
     assert torch.allclose(lq + gt, torch.ones_like(lq)) and gt.std() > 0.2 and (task == TASKS.index("noise")).all()
     run(*alone)
+    said = capsys.readouterr().out                 # a plain model is told nothing, and the table is of other images
+    assert "of the built-in images, held out; not of yours" in said and "--task" not in said.splitlines()[-1]
+    run(*alone, "--resume")
+    assert "last.pt: this run is finished" in capsys.readouterr().out
     run("--arch", "srresnet", "--preset", "smoke", "--order", "nj", "--seq", "--pairs", *pairs, "--pairs-as", "noise",
         "--out", tmp_path / "mixed")
     with pytest.raises(SystemExit, match="--pairs-as TASK"):
@@ -332,13 +336,45 @@ def test_the_command_that_goes_on_is_quoted_and_torchruns_where_it_started(monke
 
 
 def test_clean_samples_of_the_classifier_are_kept_as_they_are_or_nearly_so():
-    """In turn untouched, a JPEG of high quality, and reduced in size; never as bad as the task jpeg."""
+    """As they are, as JPEG of high quality, reduced in size, grey; never as bad as the task jpeg."""
     from test_batches import Flat
     samples = [train.sample({"photos": Flat()}, ("none",), 64, 30, (0, 0, 0, i)) for i in range(30)]
     lq, gt, task = train.make_batch(samples, 64, "cpu")
     assert (task == len(TASKS)).all() and lq.shape == (30, 3, 64, 64)
     untouched = (lq == gt).flatten(1).all(1)
     assert 10 <= untouched.sum() < 30 and (lq - gt).abs().mean() < 0.01
+    assert any(s["canvas"].shape[1] == 112 and s["saved"] for s in samples)
+
+
+def test_the_classifier_sees_noise_in_grey_and_noise_saved_as_jpeg_and_backbones_do_not():
+    """A grey file has one channel of noise, of full strength; the 8 x 8 grid of a JPEG lies over the noise."""
+    from test_batches import Flat
+    middle = {"photos": Flat(value=128)}                                       # so that nothing is clipped
+    samples = [train.sample(middle, ("noise", "none"), 64, 60, (0, 0, 0, 2 * i)) for i in range(60)]
+    lq, gt, _ = train.make_batch(samples, 64, "cpu")
+    grey, saved = (torch.tensor([bool(s[name]) for s in samples]) for name in ("grey", "saved"))
+    assert 5 < grey.sum() < 30 and 10 < saved.sum() < 35 and all(85 <= s["saved"] <= 98 for s in samples if s["saved"])
+    spread = (lq.amax(1) - lq.amin(1)).flatten(1).amax(1)                      # between the channels
+    assert (spread[grey & ~saved] == 0).all() and (spread[~grey] > 0.05).all()
+    sigma = torch.cat([s["drawn"]["sigma"] for s in samples]).float() / 255
+    measured = (lq - gt).flatten(1).std(1)
+    plain = grey & ~saved
+    assert (measured[plain] > 0.8 * sigma[plain]).all()
+    assert "saved" not in train.sample({"photos": Flat()}, ("noise",), 64, 60, (0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("arch, multiple", train.CROP_MULTIPLE.items())
+def test_a_crop_that_a_network_cannot_divide_is_refused_in_a_line(arch, multiple):
+    """The number said is the least: the network takes it, and fails on half of it."""
+    with pytest.raises(SystemExit) as caught:
+        train.parse(["--arch", arch, "--crop", str(multiple + multiple // 2)])
+    assert f"{arch} needs a multiple of {multiple}" in str(caught.value)
+    assert train.parse(["--arch", arch, "--crop", str(2 * multiple)]).recipe["crop"] == 2 * multiple
+    model = train.new_model(train.parse(["--arch", arch, "--preset", "smoke"]))
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, multiple, multiple)).shape[2] == multiple
+        with pytest.raises((RuntimeError, ValueError)):
+            model(torch.rand(1, 3, multiple // 2, multiple // 2))
 
 
 # Two tasks, and what is said ------------------------------------------------------------------------
