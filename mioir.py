@@ -930,10 +930,11 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """
     if isinstance(task, str):      # one task: its row, (1,), for all of a batch; else weights (1,7)
         task = torch.tensor([TASKS.index(task)]) if task in TASKS else parse_task(task)
-    if isinstance(task, int):
-        if not 0 <= task < len(TASKS):
-            raise ValueError(f"task {task}: rows of TASKS are 0 to {len(TASKS) - 1}")
+    if isinstance(task, int) and 0 <= task < len(TASKS):
         task = torch.tensor([task])
+    if task is not None and not torch.is_tensor(task):
+        raise ValueError(f"task {task!r}: give a name of TASKS, its row, 0 to {len(TASKS) - 1}, or "
+                         "a tensor as Backbone.read_prompt takes")
     x, as_given = to_batch(x, next(model.parameters(), torch.empty(0)))
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
