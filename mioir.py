@@ -930,7 +930,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     """
     if isinstance(task, str):      # one task: its row, (1,), for all of a batch; else weights (1,7)
         task = torch.tensor([TASKS.index(task)]) if task in TASKS else parse_task(task)
-    if isinstance(task, int) and 0 <= task < len(TASKS):
+    if type(task) is int and 0 <= task < len(TASKS):           # True is no row
         task = torch.tensor([task])
     if task is not None and not torch.is_tensor(task):
         raise ValueError(f"task {task!r}: give a name of TASKS, its row, 0 to {len(TASKS) - 1}, or "
