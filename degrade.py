@@ -28,6 +28,7 @@ import functools
 import hashlib
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -1155,6 +1156,16 @@ def _begin_plan(plan, settings):
     plan.write_text(settings + "\n", **_CSV)
 
 
+def _fingerprint(folder, files):
+    """Of the names and bytes of files below a folder: other sources, another fingerprint."""
+    total = hashlib.sha256()
+    for path in files:
+        total.update(os.fsencode(path.relative_to(folder)))
+        with contextlib.suppress(OSError):                 # what can't be read is skipped and said
+            total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
 def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     """Degrades all images of a folder into the published test-set layout, with params.csv.
 
@@ -1162,8 +1173,12 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     the number of images that could not be read.
     """
     out = Path(out)
+    if out.resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"--out {out} is inside --images {folder}: its pictures would be taken for "
+                         "sources; name a folder beside it")
     files = find_depths([folder], depth_folder, say)
-    settings = f"# images {len(files)}, split {split}, seed {seed}, depth {depth_folder or 'prior'}"
+    settings = (f"# images {len(files)}, {_fingerprint(folder, files)}, split {split}, seed {seed}, "
+                f"depth {depth_folder or 'prior'}")
     jobs = {}
     for path, depth in files.items():
         name = "_".join(path.relative_to(folder).with_suffix("").parts)     # more/c.png: more_c
@@ -1182,7 +1197,7 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
             writer.writerows(rows.get(name, []))
     for reason in bad.values():
         say(f"skipped {reason}")
-    say(f"{out}: {len(rows)} images; next: python eval.py CKPT --testsets {out}")
+    say(f"{out}: {len(rows)} images; next: python eval.py CKPT --testsets {shlex.quote(str(out))}")
     return len(bad)
 
 

@@ -413,13 +413,24 @@ TESTSETS = {
 
 
 def match_pairs(lq_folder, gt_folder):
-    """[(LQ file, GT file), ...] of two folders: by name where names fit (see partner), and what is
-    left over on either side is counted and said. Where no name fits at all, in sorted order, if
-    there are as many of one as of the other; else ValueError: a wrong pair would not stop the run,
-    it would only spoil the average."""
+    """[(LQ file, GT file), ...] of two folders: by name where names fit (see partner), first in the
+    same subfolder, then anywhere; what is left over on either side is counted and said. Where no
+    name fits at all, in sorted order, if there are as many of one as of the other. ValueError if
+    not, or where two GTs fit: a wrong pair would not stop the run, only spoil the average."""
     lqs, gts = list_images([lq_folder]), list_images([gt_folder])
-    by_stem = {gt.stem: gt for gt in gts}
-    pairs = {lq: partner(lq.stem, by_stem) for lq in lqs}
+    near, anywhere = {}, {}                                # {subfolder: {stem: [file, ...]}}; {stem: ...}
+    for gt in gts:
+        below = near.setdefault(gt.parent.relative_to(gt_folder), {})
+        for stems in (below, anywhere):
+            stems.setdefault(gt.stem, []).append(gt)
+    pairs = {}
+    for lq in lqs:
+        below = near.get(lq.parent.relative_to(lq_folder), {})
+        fits = partner(lq.stem, below) or partner(lq.stem, anywhere) or [None]
+        if len(fits) > 1:
+            raise ValueError(f"{lq} fits {fits[0]} and {fits[1]}: give each GT its LQ's path below "
+                             "its folder, and one ending")
+        pairs[lq] = fits[0]
     if not any(pairs.values()) and len(lqs) == len(gts):
         return list(zip(lqs, gts))
     lone, unused = list(pairs.values()).count(None), len(set(gts) - set(pairs.values()))
@@ -432,7 +443,7 @@ def match_pairs(lq_folder, gt_folder):
 
 
 def partner(stem, gts):
-    """The GT file with the longest stem that an LQ's stem begins with, or None. gts: {stem: file}.
+    """The GT files with the longest stem that an LQ's stem begins with, or None. gts: {stem: files}.
 
     LQ stems may go on after it ("0801_rain", "0801x4m"), but not with a digit: "10" is not of "1".
     """
@@ -808,8 +819,9 @@ def save_picture(target, picture, original, untouched=None):
                 unfinished.write_bytes(untouched.read_bytes())
             else:
                 out.save(unfinished, format=kind, quality=95, icc_profile=profile)
-    except OSError as error:
-        raise ValueError(f"{target}: not written ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:             # ValueError: too large for this format
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{target}: not written ({reason})") from None
 
 
 # ---- Memory and progress -------------------------------------------------------------------------
@@ -924,6 +936,16 @@ def grid(columns, rows, cell, corner, title=""):
     return sheet, pen
 
 
+def save_sheet(sheet, path):
+    """Writes a picture of this file's own making whole or not at all: what was there is kept."""
+    path = Path(path)
+    try:
+        with whole_file(path) as unfinished:
+            sheet.save(unfinished, format=FORMATS[path.suffix.lower()])
+    except ValueError as error:                        # larger than the format allows
+        raise ValueError(f"{path}: not written ({error})") from None
+
+
 def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     """Draws a table of numbers: each cell green by its gain on its reference, red by its loss.
 
@@ -943,7 +965,7 @@ def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
         pen.rectangle(box, gain_colour(gains[i, j], reach), frame, 2)
         middle = (x + w / 2, y + h / 2)
         pen.text(middle, f"{number:.2f}", "black", ImageFont.load_default(15), "mm")
-    sheet.save(path)
+    save_sheet(sheet, path)
 
 
 def strip_picture(path, header, rows, edge=192):
@@ -964,7 +986,7 @@ def strip_picture(path, header, rows, edge=192):
             cut = Image.fromarray(picture[y:y + size, x:x + size])
             cut = cut.resize((edge, edge), Image.Resampling.NEAREST)
             sheet.paste(cut, (left + j * step, top + i * step))
-    sheet.save(path)
+    save_sheet(sheet, path)
 
 
 def compare_picture(path, before, after):
@@ -978,7 +1000,7 @@ def compare_picture(path, before, after):
     sheet = Image.new("RGB", (2 * left.width + 6, left.height), "white")
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + 6, 0))
-    sheet.save(path)
+    save_sheet(sheet, path)
 
 
 def task_strips(path, model, pairs, device):
@@ -1055,7 +1077,7 @@ def curves_picture(path, title, log):
     curves_panel(pen, 56, 376, losses, end, {f"{10.0 ** power:g}": power for power in powers})
     highest = max(rate for _, rate in rates)
     curves_panel(pen, 426, 536, {"lr": rates}, end, {"0": 0, f"{highest:.1e}": highest})
-    sheet.save(path)
+    save_sheet(sheet, path)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -1118,8 +1140,8 @@ def export(args, model, info, device):
         raise ValueError(f"--export {path}: a run calls so what --resume needs; choose another")
     claim(path, (".pt", ".pth"), args)
     half = model.half().state_dict()                         # whole numbers stay as they are
-    with whole_file(path) as unfinished:
-        torch.save({**info, "raw": half, "ema": half}, unfinished)
+    with whole_file(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save({**info, "raw": half, "ema": half}, file)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

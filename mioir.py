@@ -982,7 +982,10 @@ def to_batch(x, like):
     shape into the kind it came from). Pictures go to the device and type of the tensor `like`.
     numpy and pillow are imported here, so that who has tensors needs torch alone."""
     if torch.is_tensor(x):                         # (N,3,H,W) or (3,H,W)
-        return (x[None] if x.ndim == 3 else x), lambda y: y.reshape(x.shape)
+        batch = x[None] if x.ndim == 3 else x
+        if x.is_floating_point():                  # of the network's type; anything else is refused
+            batch = batch.to(like.dtype)
+        return batch, lambda y: y.reshape(x.shape).to(x.dtype)
     import numpy as np
     from PIL import Image, ImageOps
     if isinstance(x, (str, Path)):

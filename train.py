@@ -539,6 +539,8 @@ def run_stages(run, net, source, machine, log):
         pairs["none"] = clean_pairs(images)                 # a classifier that may find nothing
     run.table = run.table or [before_training(args, pairs)]
 
+    if run.stage == len(run.stages) and run.leads:          # finished, perhaps killed before this
+        show_table(run, log)
     # Stage by stage; a resumed run enters in the middle, at run.stage and run.iteration.
     while run.stage < len(run.stages):
         stage = run.stages[run.stage]                       # with --seq one task more each time
@@ -692,6 +694,8 @@ def parse(argv):
         parser.error(f"--pairs-as {args.pairs_as} says what --pairs LQ GT are; add these")
     if args.pairs and not args.pairs_as:
         parser.error("what are --pairs? Add --pairs-as TASK, or an --order of its letter alone")
+    if args.pairs_as and args.pairs_as not in map(LETTERS.get, args.order or LETTERS):
+        parser.error(f"--pairs-as {args.pairs_as}: --order {args.order} does not train it")
     edge, multiple = args.recipe["crop"], CROP_MULTIPLE.get(args.arch, 1)
     if edge % multiple:
         parser.error(f"--crop {edge}: {args.arch} needs a multiple of {multiple}")
@@ -1212,7 +1216,7 @@ def finish(run, pairs, log, machine):
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
     script = "eval.py" if len(TASKS) == 7 else sys.argv[0]         # a task more: who added it
-    command = f"python {script} {run.out}/last.pt"
+    command = f"python {script} {shlex.quote(f'{run.out}/last.pt')}"
     if run.args.pairs:                             # the table above is of other images than these
         command += f" --pairs {shlex.join(run.args.pairs)}"
         command += f" --task {run.args.pairs_as}" if run.args.prompt == "ep" else ""

@@ -37,10 +37,14 @@ COPY = {
     "Uformer": ("mioir.py", [*BACKBONE, *WINDOW, "LeFF"],
                 "assert Uformer(None, 8, (1,) * 9)(torch.rand(1, 3, 128, 256)).shape == (1, 3, 128, 256)"),
     "TaskClassifier": ("mioir.py", ["TASKS"], "assert TaskClassifier(8)(torch.rand(2, 3, 32, 32)).shape == (2, 7)"),
-    "restore": ("mioir.py", ["TASKS", "parse_task", "to_batch", "restore_batch", "reflect_pad", "pad_for", "restore_tiled", "tile_weights"],
+    "restore": ("mioir.py", ["TASKS", "parse_task", "to_batch", "restore_batch", "reflect_pad", "pad_for", "restore_tiled", "tile_weights",
+                           "read_prompt_of_any_size", "mean_by_strips"],
                 "class Same(nn.Module):\n    multiple, overlap, context = 8, 40, 16\n"
                 "    def forward(self, x, task):\n        return x\n"
-                "x = torch.rand(1, 3, 70, 90); assert torch.allclose(restore(Same(), x, tile=64), x, atol=1e-6)"),
+                "x = torch.rand(1, 3, 70, 90); assert torch.allclose(restore(Same(), x, tile=64), x, atol=1e-6)\n"
+                "class Prompted(Same):\n    prompt = 'ep'\n    def read_prompt(self, x, task):\n        return task\n"
+                "    def forward(self, x, prompt):\n        return x\n"
+                "assert restore(Prompted(), x, 'noise', tile=64).shape == x.shape"),
     "gaussian_blur": ("degrade.py", ["quantize", "per_image", "gaussian_taps", "reflect_pad"],
                       "assert gaussian_blur(torch.rand(2, 3, 30, 30), 9, torch.tensor([1.0, 2.0])).shape == (2, 3, 30, 30)"),
     "jpeg": ("degrade.py", ["quantize", "per_image", "_LUMA", "_CHROMA", "_jpeg_blocks"],

@@ -405,6 +405,13 @@ def test_test_sets_never_mix_with_other_files(tmp_path):
         with pytest.raises(SystemExit, match="holds other test sets"):
             d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / taken.split("/")[0])])
         assert (tmp_path / taken).read_bytes() == b""
+    command = ["--images", str(tmp_path / "in"), "--out"]
+    assert not d.main([*command, str(tmp_path / "new")]) and not d.main([*command, str(tmp_path / "new")])
+    save(tmp_path / "in" / "a.png", np.ones((40, 40, 3), np.uint8))          # another picture of this name
+    with pytest.raises(SystemExit, match="holds other test sets"):
+        d.main([*command, str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="is inside --images"):
+        d.main([*command, str(tmp_path / "in" / "sets")])
 
 
 MANY = """

@@ -337,6 +337,8 @@ def test_restore_mixes_tasks_and_leaves_grey_pictures_grey():
     assert levels.dtype == np.uint8 and np.abs(levels - (floats * 255).clip(0, 255)).max() < 0.51
     assert np.array_equal(restore(model, Image.fromarray(grey), "noise"), levels)
     assert torch.equal(restore(model, x, TASKS.index("jpeg")), restore(model, x, "jpeg"))
+    assert torch.equal(restore(model, x.double(), "jpeg"), restore(model, x, "jpeg").double())
+    assert restore(model, x.half(), "jpeg").dtype == torch.float16
 
 
 @pytest.mark.parametrize("x, task, words", [

@@ -752,6 +752,25 @@ def test_pairs_are_matched_by_stem_or_by_order(tmp_path):
         evaluation.match_pairs(tmp_path / "few", tmp_path / "gt")
 
 
+def test_pairs_of_one_name_are_matched_by_subfolder_or_refused(tmp_path):
+    for name in ("lq/day/1_rain", "lq/night/1_rain", "gt/day/1", "gt/night/1", "flat/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / f"{name}.png")
+    pairs = evaluation.match_pairs(tmp_path / "lq", tmp_path / "gt")
+    assert [(a.parent.name, b.parent.name) for a, b in pairs] == [("day", "day"), ("night", "night")]
+    with pytest.raises(ValueError, match="give each GT its LQ's path"):
+        evaluation.match_pairs(tmp_path / "flat", tmp_path / "gt")
+
+
+def test_a_picture_too_large_for_its_format_leaves_what_was_there(tmp_path):
+    for name, write in (("sheet.webp", evaluation.save_sheet), ("one.webp", lambda image, path: evaluation.save_picture(
+            path, np.asarray(image), image))):
+        (tmp_path / name).write_bytes(b"before")
+        with pytest.raises(ValueError, match=f"{name}: not written"):
+            write(Image.new("RGB", (16400, 2)), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == b"before" and len(list(tmp_path.glob(".*"))) == 0
+
+
 def test_pictures_without_a_partner_are_counted_on_both_sides_and_left_out(tmp_path, capsys):
     """As many of one as of the other, yet not in order: x.png is not the LQ of c.png."""
     for name in ("lq/a", "lq/b_rain", "lq/x", "gt/a", "gt/b", "gt/c"):

@@ -206,6 +206,7 @@ def test_without_a_cache_the_files_are_read_and_nothing_is_stored(tmp_path, caps
     (["--data", "nowhere"], ["nowhere", "no such folder"]), (["--depth", "nowhere"], ["nowhere", "no such folder"]),
     (["--order", "n", "--pairs", "nowhere", "."], ["nowhere", "no such folder"]),
     (["--pairs-as", "noise"], ["--pairs LQ GT"]),
+    (["--pairs", "a", "b", "--pairs-as", "rain", "--order", "nj"], ["--pairs-as rain", "--order nj"]),
     (["--data", "EMPTY"], ["no images"]),
     (["--data", "CORRUPT"], ["no usable image", "a.png"]),
     (["--data", "SMALL"], ["smaller than the crop"]),
@@ -304,8 +305,9 @@ def test_ones_own_pairs_take_the_place_of_a_task(pairs, tmp_path, tiny, capsys):
     run(*alone)
     said = capsys.readouterr().out                 # a plain model is told nothing, and the table is of other images
     assert "of the built-in images, held out; not of yours" in said and "--task" not in said.splitlines()[-1]
+    (tmp_path / "alone" / "table.md").unlink()     # as where a run was killed before it was written
     run(*alone, "--resume")
-    assert "last.pt: this run is finished" in capsys.readouterr().out
+    assert "last.pt: this run is finished" in capsys.readouterr().out and (tmp_path / "alone" / "table.md").exists()
     run("--arch", "srresnet", "--preset", "smoke", "--order", "nj", "--seq", "--pairs", *pairs, "--pairs-as", "noise",
         "--out", tmp_path / "mixed")
     with pytest.raises(SystemExit, match="--pairs-as TASK"):
