@@ -461,6 +461,8 @@ def read_pairs(pairs):
         if np.abs(np.subtract(lq.shape, gt.shape)).max() > 8:
             raise ValueError(f"{lq_path} and {gt_path} are not of one size: not a pair")
         _, _, h, w = np.minimum(lq.shape, gt.shape)
+        if min(h, w) < 19:                                 # ssim's 11, and 4 cut off each side
+            raise ValueError(f"{gt_path}: {w} x {h} pixels; to be measured it needs 19 x 19")
         yield lq[:, :, :h, :w], gt[:, :, :h, :w]
 
 
@@ -724,12 +726,15 @@ def process_folder(source, args, model, info, prompt, device):
     files = list_images([source])
     if source.resolve() in out.resolve().parents:           # its own results are not restored again
         files = [path for path in files if out.resolve() not in path.resolve().parents]
-    bad, start = [], time.monotonic()
+    bad, taken, start = [], {}, time.monotonic()
     for count, path in enumerate(files, 1):
         target = out / path.relative_to(source)
         if target.suffix.lower() not in FORMATS:                       # a.gif becomes a.gif.png
             target = target.with_name(target.name + ".png")
         try:
+            for name in (target, beside(target))[:1 + args.compare]:
+                if taken.setdefault(name, path) != path:
+                    raise ValueError(f"{taken[name]} takes the name {name}; rename one of the two")
             said = process_file(path, target, args, model, info, prompt, device)
             left = time_left(start, count, len(files))
             print(f"{count}/{len(files)} {said} | {left}", flush=True)
@@ -743,6 +748,11 @@ def process_folder(source, args, model, info, prompt, device):
         sys.exit(1)
 
 
+def beside(target):
+    """Where the before/after picture of a result goes."""
+    return target.with_name(target.stem + "_compare.png")
+
+
 def process_file(source, target, args, model, info, prompt, device):
     """One file to one file of the same size; returns what is worth saying about it, in a line.
 
@@ -750,7 +760,7 @@ def process_file(source, target, args, model, info, prompt, device):
     so that one picture too large for this machine can't end a folder.
     """
     # Both names are asked for before minutes of work, not after.
-    comparison = target.with_name(target.stem + "_compare.png")
+    comparison = beside(target)
     claim(target, FORMATS, args, source)
     if args.compare:
         claim(comparison, FORMATS, args, source)

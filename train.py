@@ -692,6 +692,9 @@ def parse(argv):
         args.pairs_as = args.pairs_as or LETTERS.get(args.order)
     if args.pairs_as and not args.pairs:
         parser.error(f"--pairs-as {args.pairs_as} says what --pairs LQ GT are; add these")
+    for name, goes_with in (("depth", "data"), ("prompts", "init")):    # else never looked at
+        if getattr(args, name) and not getattr(args, goes_with):
+            parser.error(f"--{name} {getattr(args, name)}: it goes with --{goes_with}")
     if args.pairs and not args.pairs_as:
         parser.error("what are --pairs? Add --pairs-as TASK, or an --order of its letter alone")
     if args.pairs_as and args.pairs_as not in map(LETTERS.get, args.order or LETTERS):

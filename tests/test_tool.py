@@ -829,3 +829,22 @@ def test_a_terminal_is_told_how_far_a_large_picture_is(files, monkeypatch, capsy
     assert [line.split(",")[0].strip() for line in lines] == [f"tile {k} of {len(lines)}" for k in
                                                               range(1, len(lines) + 1)]
     assert len(lines) > 1 and lines[-1].endswith("0 s left \n")
+
+
+def test_two_pictures_of_a_folder_never_take_one_name(tmp_path, capsys):
+    """Even with --overwrite, which is for what was there before."""
+    for name in ("a.gif", "a.gif.png", "b.jpg", "b.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / "in" / name)
+    for flags, lost in (((), ["a.gif.png"]), (("--compare",), ["a.gif.png", "b.png"])):
+        with pytest.raises(SystemExit):
+            evaluation.main(["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--task", "noise", "--overwrite", *flags])
+        said = capsys.readouterr()
+        assert f"{4 - len(lost)} of 4" in said.out and said.err.count("rename one of the two") == len(lost)
+        assert all(name in said.err for name in lost)
+
+
+def test_a_pair_too_small_to_be_measured_is_named(tmp_path):
+    Image.fromarray(PIXELS[:16, :40]).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match="small.png: 40 x 16 pixels; to be measured it needs 19 x 19"):
+        next(evaluation.read_pairs([(tmp_path / "small.png", tmp_path / "small.png")]))
