@@ -418,7 +418,7 @@ def match_pairs(lq_folder, gt_folder):
     name fits at all, in sorted order, if there are as many of one as of the other. ValueError if
     not, or where two GTs fit: a wrong pair would not stop the run, only spoil the average."""
     lqs, gts = list_images([lq_folder]), list_images([gt_folder])
-    near, anywhere = {}, {}                                # {subfolder: {stem: [file, ...]}}; {stem: ...}
+    near, anywhere = {}, {}                                # by subfolder and stem; by stem
     for gt in gts:
         below = near.setdefault(gt.parent.relative_to(gt_folder), {})
         for stems in (below, anywhere):
@@ -443,7 +443,7 @@ def match_pairs(lq_folder, gt_folder):
 
 
 def partner(stem, gts):
-    """The GT files with the longest stem that an LQ's stem begins with, or None. gts: {stem: files}.
+    """GT files with the longest stem that an LQ's stem begins with, or None. gts: {stem: files}.
 
     LQ stems may go on after it ("0801_rain", "0801x4m"), but not with a digit: "10" is not of "1".
     """
