@@ -1174,11 +1174,11 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
     """
     out = Path(out)
     if out.resolve().is_relative_to(Path(folder).resolve()):
-        raise ValueError(f"--out {out} is inside --images {folder}: its pictures would be taken for "
-                         "sources; name a folder beside it")
+        raise ValueError(f"--out {out} is inside --images {folder}: its pictures would be taken "
+                         "for sources; name a folder beside it")
     files = find_depths([folder], depth_folder, say)
-    settings = (f"# images {len(files)}, {_fingerprint(folder, files)}, split {split}, seed {seed}, "
-                f"depth {depth_folder or 'prior'}")
+    settings = (f"# images {len(files)}, {_fingerprint(folder, files)}, split {split}, "
+                f"seed {seed}, depth {depth_folder or 'prior'}")
     jobs = {}
     for path, depth in files.items():
         name = "_".join(path.relative_to(folder).with_suffix("").parts)     # more/c.png: more_c

@@ -823,15 +823,22 @@ def save_picture(target, picture, original, untouched=None):
         out.putalpha(original.getchannel("A"))
     # CMYK's profile fits no RGB. (None: no profile; quality is for JPEG and WebP to read.)
     profile = None if "C" in bands else original.info.get("icc_profile")
+    with picture_file(target) as unfinished:
+        if untouched and FORMATS.get(untouched.suffix.lower()) == kind:
+            unfinished.write_bytes(untouched.read_bytes())
+        else:
+            out.save(unfinished, format=kind, quality=95, icc_profile=profile)
+
+
+@contextlib.contextmanager
+def picture_file(path):
+    """whole_file, for a picture: what was there is kept if it can't be written, which is said."""
     try:
-        with whole_file(target) as unfinished:
-            if untouched and FORMATS.get(untouched.suffix.lower()) == kind:
-                unfinished.write_bytes(untouched.read_bytes())
-            else:
-                out.save(unfinished, format=kind, quality=95, icc_profile=profile)
+        with whole_file(path) as unfinished:
+            yield unfinished
     except (OSError, ValueError) as error:             # ValueError: too large for this format
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{target}: not written ({reason})") from None
+        raise ValueError(f"{path}: not written ({reason})") from None
 
 
 # ---- Memory and progress -------------------------------------------------------------------------
@@ -947,13 +954,9 @@ def grid(columns, rows, cell, corner, title=""):
 
 
 def save_sheet(sheet, path):
-    """Writes a picture of this file's own making whole or not at all: what was there is kept."""
-    path = Path(path)
-    try:
-        with whole_file(path) as unfinished:
-            sheet.save(unfinished, format=FORMATS[path.suffix.lower()])
-    except ValueError as error:                        # larger than the format allows
-        raise ValueError(f"{path}: not written ({error})") from None
+    """Writes a picture of this file's own making, in the format that its ending names."""
+    with picture_file(path) as unfinished:
+        sheet.save(unfinished, format=FORMATS[Path(path).suffix.lower()])
 
 
 def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
