@@ -58,7 +58,7 @@ from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   read_prompts, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
-                   TaskClassifier, WindowBlock, build_model, load_model, reflect_pad)
+                   WindowBlock, build_classifier, build_model, load_model, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
@@ -867,7 +867,7 @@ def new_model(args):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.arch == "classifier":
-            return TaskClassifier(**args.recipe["sizes"])
+            return build_classifier(**args.recipe["sizes"])
         model = build_model(args.arch, args.prompt, **args.recipe["sizes"])
     if args.prompt == "ep" and "prompts" in args.recipe:
         model.prompts.copy_(args.recipe["prompts"]())
