@@ -474,8 +474,8 @@ def degrade(x, task, split="in", depth=None, generator=None):
 
 
 # ==================================================================================================
-# Nothing below this line is in the paper: images and depth made of a seed, image and depth files, the
-# cache of decoded images that training reads a crop at a time, writing test sets, the command.
+# Nothing below this line is in the paper: images and depth made of a seed, image and depth files,
+# the cache of decoded images that training reads a crop at a time, test sets, the command.
 # ==================================================================================================
 
 # ---- Depth for a photo without a depth map -------------------------------------------------------
@@ -653,12 +653,14 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 
 def _upright(image):
-    """The picture as it was seen, a copy. Of the EXIF data nothing else is read: odd values, which
-    cameras and editors do write, must not make a whole photograph unreadable."""
+    """The picture as it was seen, a copy without EXIF data. Of these nothing but the turn is read:
+    odd values, which cameras and editors do write, must not make a whole photograph unreadable."""
     turn = None
     with contextlib.suppress(Exception):
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image.copy() if turn is None else image.transpose(turn)
+    image = image.copy() if turn is None else image.transpose(turn)
+    image.info.pop("exif", None)                       # or it would be turned once more
+    return image
 
 
 def _in_colour(image):
