@@ -50,7 +50,8 @@ from torch.nn import functional as F
 from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, gaussian_taps,
                      list_images, open_image, photo_items, read_image, seeded, time_left, to_image,
                      to_rgb, to_tensor, whole_file)
-from mioir import ANSWERS, TASKS, TaskClassifier, load_model, parse_task, restore
+from mioir import (ANSWERS, DOUBT, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
+                   classify, load_model, parse_task, restore)
 
 
 # ---- Metrics (paper, Section 5.1) ----------------------------------------------------------------
@@ -186,10 +187,9 @@ def restored(model, lq, task, device, tile=None):
     task: a name or (1,7) weights; "ep" models alone read it, others may get None.
     tile: edge of the tiles in pixels; 0: the image is run whole; None: as auto_tile says.
     """
-    tile = auto_tile(*lq.shape[2:]) if tile is None else tile
+    tile = auto_tile(model, *lq.shape[2:]) if tile is None else tile
     with memory_errors_explained(*lq.shape[2:], tile):
-        # restore() takes None, not 0, for a whole picture.
-        y = restore(model, lq.to(device), task, tile or None, report=tile_reporter())
+        y = restore(model, lq.to(device), task, tile, report=tile_reporter())
         # Section 5.1: clamped, times 255, rounded. A network's output may leave [0,1].
         return to_image(y)
 
@@ -224,7 +224,7 @@ def score(model, pairs, prompt, device, tile=None):
     for lq, gt in pairs:
         task = prompt
         if isinstance(prompt, TaskClassifier):
-            task, _ = classify(prompt, lq, device, damaged=True)
+            task, _ = classify(prompt, lq, damaged=True)
         before, truth = to_image(lq), to_image(gt)                     # (H,W,3) uint8 each
         after = restored(model, lq, task, device, tile)
         scores.append([psnr(before, truth), psnr(after, truth),
@@ -254,29 +254,6 @@ MODEL = Path(__file__).parent / "assets" / "restormer.pt"                 # thes
 CLASSIFIER = MODEL.with_name("classifier.pt")
 
 
-@torch.no_grad()
-def classify(classifier, x, device, damaged=False):
-    """(name of the task, its probability) for one image (1,3,H,W), all of it in its own size. The
-    name may be "none" where the classifier knows that answer, unless the image is known as damaged.
-
-    The classifier is a function of blocks: each 9 x 9 pixels become 32 numbers, and no two blocks
-    overlap. So a large picture can be read in strips of whole blocks, in little memory. (Ours also
-    looks at one pixel around a block, which a strip's border hides: logits change by less than
-    0.002. Up to 8 pixels at the right and the bottom make no whole block and are not seen.)
-    """
-    h, w = x.shape[2:]
-    x = F.pad(x, (0, max(9 - w, 0), 0, max(9 - h, 0)), mode="replicate")       # at least one block
-    found = []
-    for strip in x.split(9 * 64, 2):                                           # (1,3,576,W)
-        if strip.shape[2] >= 9:                           # a rest below 9 pixels makes no block
-            found.append(classifier.blocks(strip.to(device)))                  # (1,32,64 (W // 9))
-    logits = classifier.decide(torch.cat(found, 2))[0]                         # (7,) or (8,)
-    if damaged:
-        logits = logits[:len(TASKS)]                      # "none" comes last
-    probability = logits.softmax(0)                                            # sum 1
-    return ANSWERS[probability.argmax().item()], probability.max().item()
-
-
 def confusion(classifier, pairs, device):
     """({task: accuracy in %}, 7 or 8 rows of counts) of a classifier on degraded images; and on
     clean ones, if there are pairs["none"].
@@ -293,7 +270,7 @@ def confusion(classifier, pairs, device):
     for task, examples in pairs.items():
         row = answers.index(task)
         for lq, _ in examples:
-            name, _ = classify(classifier, lq, device)
+            name, _ = classify(classifier, lq)
             matrix[row, answers.index(name)] += 1
         accuracy[task] = 100 * matrix[row, row].item() / len(examples)
     return accuracy, matrix.tolist()
@@ -693,10 +670,6 @@ def interpolate(args, model, info, device):
 # What can be written. The ending decides; PNG, TIFF and BMP keep every pixel as it was restored.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP",
            ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
-# Below this probability the classifier's answer is doubtful, and a wrong prompt harms a picture.
-# A blind guess among eight answers has 0.125. Chosen for the shipped one, on photographs that it
-# was not trained on, which flatters: there 1 of 70 clean pictures is touched (assets/README.md).
-DOUBT = 0.75
 
 
 def process_input(args, model, info, device):
@@ -767,13 +740,13 @@ def process_file(source, target, args, model, info, prompt, device):
     # open_image turns the picture upright, takes the first of several frames, and notes it.
     original, notes = open_image(source)
     w, h = original.size
-    tile = auto_tile(h, w) if args.tile is None else args.tile
+    tile = auto_tile(model, h, w) if args.tile is None else args.tile
     with memory_errors_explained(h, w, tile):
         picture = to_rgb(original)                                     # (H,W,3) uint8
         x = to_tensor(picture)                                         # (1,3,H,W)
         task, untouched = prompt, False
         if isinstance(prompt, TaskClassifier):
-            task, note = ask_classifier(prompt, x, info, device)       # a name; None: let it be
+            task, note = ask_classifier(prompt, x, info)       # a name; None: let it be
             untouched = task is None
             notes.append(note)
         if not untouched and tile > 0:
@@ -785,19 +758,19 @@ def process_file(source, target, args, model, info, prompt, device):
     return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
 
 
-def ask_classifier(classifier, x, info, device):
+def ask_classifier(classifier, x, info):
     """(task, or None where the picture is better left as it is; what to say about it).
 
     A picture that is fine must stay so. A classifier that can answer "none" is believed when it
     does, and where it is in doubt nothing is touched either: a picture left as it was can be
     restored later. The published classifier has to name a damage; there a doubt is only said.
     """
-    name, sure = classify(classifier, x, device)
+    task, name, sure = choose_task(classifier, x)
     note = f"task {name}, {100 * sure:.0f} % sure"
-    if "none" in classifier.answers and (name == "none" or sure < DOUBT):
+    if task is None:
         found = "nothing found" if name == "none" else f"{note}, too little"
         return None, f"{found}: left as it is; --task NAME forces one"
-    if sure < DOUBT:
+    if sure < DOUBT.get(name, 0.75):
         note += " - low: look at it, or name the task with --task"
     if name not in learned(info):
         note += "; warning: this model has not learned it"
@@ -844,20 +817,6 @@ def picture_file(path):
 # ---- Memory and progress -------------------------------------------------------------------------
 # A photo of 24 megapixels has 1,465 times as many pixels as a training crop of 128 x 128. It takes
 # minutes on a CPU, and more memory than there is: it is restored in tiles, and somebody waits.
-
-def auto_tile(h, w):
-    """0, which is whole, up to a megapixel; above it tiles of 512, so that memory stays bounded:
-    the features of a tile take the same room in a picture of any size."""
-    return 512 if h * w > 2 ** 20 else 0
-
-
-def check_tile(tile, model):
-    """Raises ValueError before any work for a --tile no larger than what neighbouring tiles share:
-    no pixel of it would be its own, so the tiles would never come to the end of a picture."""
-    least = model.overlap // model.multiple * model.multiple + 1       # restore rounds it up
-    if tile < least:
-        raise ValueError(f"--tile {tile} is too small for this model: at least {least}; 0: whole")
-
 
 def lacks_memory(error):
     """Whether an exception says that memory ran out. numpy raises MemoryError; torch RuntimeError,
@@ -1280,7 +1239,7 @@ def run(args):
     if isinstance(model, TaskClassifier) and (args.output or args.mode not in ("table", "export")):
         raise ValueError(f"{args.checkpoint} restores nothing; give it as --classifier")
     if args.tile:
-        check_tile(args.tile, model)
+        check_tile(model, args.tile)
     command, _ = COMMANDS[args.mode]
     command(args, model, info, device)
 

@@ -1,6 +1,6 @@
 """Train one network for seven restoration tasks: mixed or sequential, with or without a prompt.
 
-    python train.py --arch restormer --seq --prompt                   # a small one: minutes on a CPU
+    python train.py --arch restormer --seq --prompt                   # small: minutes on a CPU
     python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe: a GPU
     python train.py --arch restormer --seq --prompt --data DF2K --resume    # go on where it stopped
     torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K    # on two GPUs
@@ -66,32 +66,24 @@ from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   read_prompts, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
-                   TaskClassifier, WindowBlock, build_model, load_model)
+                   WindowBlock, build_classifier, build_model, load_model, read_checkpoint)
 
-# TEMPORARY, until mioir and degrade have them.
-import degrade as _d
-from mioir import reflect_pad as _pad
+# TEMPORARY, until degrade.py on main has depth_crop.
+if not hasattr(ImageCache, "depth_crop"):
+    import degrade as _d
+    from mioir import reflect_pad as _pad
 
+    def _depth_crop(self, k, top, left, edge, g):
+        depth, (h, w) = self.depth(k), self.size(k)
+        prior = depth is None
+        depth = _d.prior_knots(g) if prior else depth
+        most = 1.0 if prior else _d.enlarged_maximum(depth, (h, w))
+        depth = _d.enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
+        return (_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0)) / most)[0].numpy()
 
-def read_checkpoint(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from None
-
-
-def _depth_crop(self, k, top, left, edge, g):
-    depth, (h, w) = self.depth(k), self.size(k)
-    prior = depth is None
-    depth = _d.prior_knots(g) if prior else depth
-    most = 1.0 if prior else _d.enlarged_maximum(depth, (h, w))
-    depth = _d.enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
-    return (_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0)) / most)[0].numpy()
-
-
-ImageCache.depth_crop = _depth_crop
-_crop = ImageCache.crop
-ImageCache.crop = lambda self, *a: np.asarray(_crop(self, *a))
+    ImageCache.depth_crop = _depth_crop
+    _crop = ImageCache.crop
+    ImageCache.crop = lambda self, *a: np.asarray(_crop(self, *a))
 
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
@@ -314,7 +306,7 @@ def turned(x, turn):
 
 
 def drop_paths(model):
-    """The branches that drop path may leave out, in order: SwinIR's and Uformer's; none of others."""
+    """The branches that drop path may leave out, in order: SwinIR's and Uformer's; else none."""
     return [m for m in model.modules() if isinstance(m, DropPath) and m.probability > 0]
 
 
@@ -620,14 +612,14 @@ class Part:
     places: {task: [i, ...]}, which samples are of a task. cuts: each sample's ((top, left), turn).
     """
 
-    def __init__(self, samples, draws=None):
-        """draws: (n,branches) of float32, drop_path_draws of the samples."""
+    def __init__(self, samples):
         self.cuts = [(s["offset"], s["turn"]) for s in samples]
         self.places = {}
         for i, s in enumerate(samples):
             self.places.setdefault(s["task"], []).append(i)
+        none = np.zeros(0)                         # where no branch is ever left out
         arrays = {("all", "task"): np.array([ANSWERS.index(s["task"]) for s in samples]),
-                  ("all", "draws"): np.zeros((len(samples), 0)) if draws is None else draws}
+                  ("all", "draws"): np.stack([s.pop("draws", none) for s in samples])}
         for task, places in self.places.items():
             for name in samples[places[0]].keys() - {"task", "offset", "turn"}:
                 arrays[task, name] = np.stack([samples[i][name] for i in places])
@@ -667,12 +659,12 @@ class Stream(torch.utils.data.Dataset):
         self.branches = len(drop_paths(run.model))
 
     def __getitem__(self, t):
-        return [self.part([(*self.position, t, i) for i in rows]) for rows in self.rows]
+        return [Part([self.whole_sample((*self.position, t, i)) for i in rows])
+                for rows in self.rows]
 
-    def part(self, keys):
-        """The Part of some samples, given by their keys, (seed, stage, t, i)."""
-        draws = [drop_path_draws(self.branches, key) for key in keys]
-        return Part([self.sample(key) for key in keys], np.stack(draws))
+    def whole_sample(self, key):
+        """With the numbers for drop path, which only the network needs."""
+        return {**self.sample(key), "draws": drop_path_draws(self.branches, key)}
 
 
 def batches(run, source, machine):
@@ -812,8 +804,7 @@ def parse(argv=None):
     # Without photographs there is no paper's recipe to repeat.
     args.preset = args.preset or ("paper" if args.data or args.pairs else "demo")
     args.recipe = recipe_of(args)
-    problem = contradiction(args)
-    if problem:
+    for problem in contradictions(args):
         parser.error(problem)
     args.out = args.out or f"runs/{name_of(args)}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -823,47 +814,39 @@ def parse(argv=None):
     return args
 
 
-def contradiction(args):
-    """What argparse can't know: flags that contradict each other, and numbers out of range. A line
-    that names the flag and the mend, or None."""
+def contradictions(args):
+    """Yields what argparse can't know: flags that contradict each other, and numbers out of range.
+    Each a line that names the flag and the mend."""
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
-        return "--arch classifier sees all tasks; leave --seq, --order and --prompt out"
+        yield "--arch classifier sees all tasks; leave --seq, --order and --prompt out"
     for name, goes_with in (("depth", "data"), ("prompts", "init")):    # else never looked at
         if getattr(args, name) and not getattr(args, goes_with):
-            return f"--{name} {getattr(args, name)}: it goes with --{goes_with}"
+            yield f"--{name} {getattr(args, name)}: it goes with --{goes_with}"
     trained = [LETTERS.get(letter) for letter in args.order or LETTERS]
-    if args.pairs and args.pairs[2] not in TASKS:
-        return f"--pairs LQ GT {args.pairs[2]}: TASK is one of {', '.join(TASKS)}"
     if args.pairs and args.pairs[2] not in trained:
-        return f"--pairs LQ GT {args.pairs[2]}: --order {args.order} does not train it"
-    edge, multiple = args.recipe["crop"], CROP_MULTIPLE.get(args.arch, 1)
-    if edge % multiple:
-        return f"--crop {edge}: {args.arch} needs a multiple of {multiple}"
+        yield (f"--pairs LQ GT {args.pairs[2]}: TASK must be one that is trained, "
+               f"{', '.join(filter(None, trained))}")
+    multiple = CROP_MULTIPLE.get(args.arch, 1)
+    if args.recipe["crop"] % multiple:
+        yield f"--crop {args.recipe['crop']}: {args.arch} needs a multiple of {multiple}"
     for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
                             batch=1, crop=16, lr=1e-9).items():
         value = getattr(args, name)
-        if value is not None and not value >= least:                    # NaN is not, either
-            return f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-    return None
+        if value is not None and not value >= least:                    # nor is NaN
+            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
 
 
 def plan(args):
     """The recipe in a line and the schedule as a table: what --print-plan shows."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
-    rows, total = [], 0
-    for k, stage in enumerate(schedule_of(args), 1):
-        # Three rates show the cosine; the middle of four periods is the end of the second: eta_min.
-        rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
-                 for t in (1, max(stage.iterations // 2, 1), stage.iterations)]
-        periods = f"{len(stage.periods)} x {stage.periods[0]}"
-        rows.append([k, " ".join(stage.tasks), stage.iterations, periods, *rates])
-        total += stage.iterations
-    header = ["stage", "tasks", "iterations", "periods", "lr first", "lr middle", "lr last"]
-    text = (f"{name_of(args)}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
-            f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
+    schedule = schedule_of(args)
+    rows = [[k, " ".join(stage.tasks), stage.iterations, f"{len(stage.periods)} x {r['period']}"]
+            for k, stage in enumerate(schedule, 1)]
+    text = (f"{name_of(args)}: {r['optimizer']}, lr {r['lr']:g} to {r['eta_min']:g}, "
+            f"betas {r['betas']}, weight decay {r['weight_decay']:g}, {loss}, "
             f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n\n"
-            f"{markdown(header, rows)}\n\n"
-            f"total: {total} iterations; each stage has a fresh optimiser")
+            f"{markdown(['stage', 'tasks', 'iterations', 'periods'], rows)}\n\n"
+            f"total: {sum(stage.iterations for stage in schedule)} iterations")
     if args.device == "cpu" and args.preset == "paper":
         text += ("\n\nthe paper's recipe is made for GPUs: on a CPU it takes months; --preset demo "
                  "takes minutes, --preset hours some hours, --preset smoke seconds")
@@ -927,16 +910,9 @@ class Run:
 
     def take_over(self, saved):
         """Weights, moments and position of a checkpoint of this very run."""
-        try:
-            for name, part in (("raw", self.model), ("ema", self.ema), ("optimizer", self.optimizer)):
-                part.load_state_dict(saved[name])
-            shapes = [{p.shape, ()} >= {m.shape for m in moments.values()}
-                      for p, moments in self.optimizer.state.items()]
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-            shapes = [False]
-        if not all(shapes):
-            raise ValueError(f"--resume: {self.out / 'last.pt'}: its weights and optimiser do not "
-                             "fit each other")
+        self.model.load_state_dict(saved["raw"])
+        self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         self.stage, self.iteration = saved["stage"], saved["iteration"]
         self.table = [tuple(row) for row in saved["table"]]
 
@@ -959,8 +935,8 @@ class Run:
                  "raw": self.model.state_dict(), "ema": self.ema.state_dict(),
                  "optimizer": self.optimizer.state_dict(),
                  "stage": self.stage, "iteration": self.iteration}
-        for name in filter(None, (keep, "last.pt")):       # the stage's end first: last.pt says that
-            try:                                           # the stage is over
+        for name in filter(None, (keep, "last.pt")):       # in this order: where last.pt says
+            try:                                           # that a stage is over, its file is there
                 with whole_file(self.out / name) as file:
                     torch.save(state, file)
             except (OSError, RuntimeError) as error:       # torch says RuntimeError of a full disk
@@ -1000,6 +976,8 @@ def newest_state(out, facts):
     last, ends = out / "last.pt", stage_files(out)
     try:
         saved = read_checkpoint(last)
+        if "optimizer" not in saved:
+            raise ValueError(f"{last}: holds weights alone; to begin from them: --init")
     except ValueError as error:
         mend = "no stage is over yet: begin anew, in another --out"
         if ends:
@@ -1018,7 +996,7 @@ def new_model(args, sizes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.arch == "classifier":
-            return TaskClassifier(**sizes)
+            return build_classifier(**sizes)
         model = build_model(args.arch, args.prompt, **sizes)
     if args.prompt == "ep" and "prompts" in args.recipe:
         model.prompts.copy_(args.recipe["prompts"]())
@@ -1276,14 +1254,10 @@ class Log:
         """A line in log.jsonl."""
         self.file.write(json.dumps(fields) + "\n")
 
-    def rate(self):
-        """Iterations per second of training in this session, validations not counted."""
-        return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
-
-    def left(self, run):
-        """Seconds to the end of the run: the iterations that are left, at the rate so far."""
-        todo = sum(stage.iterations for stage in run.schedule[run.stage:]) - run.iteration
-        return todo / self.rate()
+    def images_per_second(self, run):
+        """Of training in this session, validations not counted."""
+        seconds = time.monotonic() - self.start - self.idle
+        return self.iterations * run.recipe["batch"] / max(seconds, 1e-9)
 
     def add(self, run, losses, norm, lr):
         """Counts an iteration; speaks every log_every iterations, at a stage's end, and at the
@@ -1300,11 +1274,14 @@ class Log:
         means = {task: round(float(np.mean(seen)), 5) for task, seen in self.losses.items() if seen}
         self.losses = {task: [] for task in ANSWERS}
         losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
-        images, left = self.rate() * run.recipe["batch"], self.left(run)
+        # What is left of the run, at the rate so far.
+        todo = sum(stage.iterations for stage in run.schedule[run.stage:]) - t
+        rate = self.images_per_second(run)
+        left = todo * run.recipe["batch"] / rate
         self.say(f"stage {run.stage + 1}/{len(run.schedule)} {t}/{total} | loss {losses} | "
-                 f"lr {lr:.1e} | {images:.1f} images/s | {clock(left)} left")
+                 f"lr {lr:.1e} | {rate:.1f} images/s | {clock(left)} left")
         self.write(stage=run.stage + 1, iteration=t, tasks=stage.tasks, loss=means, lr=lr,
-                   gradient_norm=round(norm, 5), images_per_second=round(images, 2),
+                   gradient_norm=round(norm, 5), images_per_second=round(rate, 2),
                    seconds_left=round(left))
 
 
@@ -1316,9 +1293,8 @@ def show_table(run, log):
     below, where later tasks join it, it should not fall: that is what rehearsal is for. Tasks that
     the run never trains stand in brackets, and do not count in the mean.
     """
-    unit, learned = "PSNR (dB)", run.schedule[-1].tasks
-    if run.args.arch == "classifier":
-        unit = "accuracy (%)"
+    unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
+    learned = run.schedule[-1].tasks
     tasks = list(run.table[0][1])                          # TASKS, perhaps "none" of a classifier
     columns = [task if task in learned else f"({task})" for task in tasks] + ["mean"]
     rows = []
@@ -1348,13 +1324,10 @@ def draw_or_say_why(log, picture, path, *what):
 
 def announce(run, source, machine, say):
     """After the plan: where, on what, and what fine-tuning does to tasks that it leaves out."""
-    # The machine, since the same seed gives the same bits on the same kind of machine only.
-    where = f"cpu, {torch.get_num_threads()} threads"
-    if machine.device.type == "cuda":
-        where = torch.cuda.get_device_name(machine.device)
-    size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
-    crops = f"crops from {sum(len(images) for images in source.values())} images"
-    say(f"on {where}, {machine.world} process(es), {run.args.precision}: {size}, {crops}")
+    # The threads, since the order of sums, and so the bits, hang on them.
+    say(f"on {machine.device}, {machine.world} process(es) of {torch.get_num_threads()} threads, "
+        f"{run.args.precision}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+        f"crops from {sum(len(images) for images in source.values())} images")
     others = ", ".join(task for task in TASKS if task not in run.schedule[-1].tasks)
     if run.args.init and others:
         say(f"fine-tuning: {others} are not rehearsed and get worse; --order keeps them")
@@ -1393,13 +1366,12 @@ def finish(run, pairs, log, machine):
     if run.args.data or run.args.pairs:
         log.say("(The table is of the built-in images, held out; not of yours.)")
     if run.args.pairs:                             # what it has seen says nothing of what it can do
-        command += " --pairs LQ GT" + (f" --task {run.args.pairs[2]}" if run.args.prompt == "ep" else "")
-        command += "   # on pairs that it was not trained on"
-    took, speed = clock(time.monotonic() - log.start), f"{log.rate() * run.recipe['batch']:.1f}"
+        command += " --pairs LQ GT, of pairs that it was not trained on"
+    took = clock(time.monotonic() - log.start)
     if machine.device.type == "cuda":
         took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"
-    log.say(f"done in {took}, {speed} images/s; {run.out} holds last.pt, log and pictures\n"
-            f"next: {command}")
+    log.say(f"done in {took}, {log.images_per_second(run):.1f} images/s; {run.out} holds last.pt, "
+            f"log and pictures\nnext: {command}")
 
 
 def train(args):

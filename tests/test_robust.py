@@ -231,18 +231,17 @@ def test_a_killed_loader_worker_is_one_line(tmp_path, tiny, monkeypatch):
     assert "stage 1, iteration 1: " in str(stopped.value.code) and "\n" not in str(stopped.value.code)
 
 
-@pytest.mark.parametrize("fault, argv, words", [
-    (RuntimeError("No working C++ compiler found\nmore"), ["--compile"], ["--compile failed", "C++", "leave it out"]),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), [], ["not enough memory", "--accumulate"]),
-    (MemoryError(), [], ["not enough memory", "--accumulate"]),
+@pytest.mark.parametrize("fault, words", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["not enough memory", "--accumulate"]),
+    (MemoryError(), ["not enough memory", "--accumulate"]),
+    (RuntimeError("Connection closed by peer"), ["another process"]),
 ])
-def test_what_the_machine_lacks_is_one_line(tmp_path, tiny, monkeypatch, fault, argv, words):
+def test_what_the_machine_lacks_is_one_line(tmp_path, tiny, monkeypatch, fault, words):
     def lacking(*a):
         raise fault
     monkeypatch.setattr(train, "loss_per_image", lacking)
-    monkeypatch.setattr(torch, "compile", lambda model: model)
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(tmp_path / "out"), *argv])
+        train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(tmp_path / "out")])
     line = str(stopped.value.code)
     assert line.startswith("train.py: ") and "\n" not in line and all(word in line for word in words)
 
@@ -370,8 +369,7 @@ def test_checkpointing_gives_the_same_gradients(arch, prompt):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--precision", "fp16"], ["SwinIR", "overflow", "bf16"]),
-    (["--precision", "int8"], ["fp32", "bf16"]),
+    (["--precision", "fp16"], ["fp16", "fp32", "bf16"]),
     (["--accumulate", "3"], ["3", "divide"]),
     (["--accumulate", "0"], ["--accumulate", "1"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
@@ -402,7 +400,6 @@ def test_the_printed_plan_is_the_papers(arch, seq, capsys):
                                         [f"{periods} x {recipe['period']}"])
     if seq:
         assert [row[1].split() for row in rows][-1] == [train.LETTERS[c] for c in recipe["order"]]
-    assert all(row[4] == "2.000e-04" for row in rows)
 
 
 def test_the_period_scales_the_schedule(capsys):

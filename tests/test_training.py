@@ -45,7 +45,7 @@ def trained(request, tmp_path_factory):
     batches = training_batches(CROP[arch], sum(stage.iterations for stage in STAGES))
     start, seen = training_start(variant), {"loss": [], "lr": []}
     out = tmp_path_factory.mktemp("training") / "out"
-    argv = ["--arch", arch, "--device", "cpu", "--out", str(out), *(["--prompt", prompt] if prompt == "ap" else [])]
+    argv = ["--arch", arch, "--preset", "paper", "--device", "cpu", "--out", str(out), *(["--prompt", prompt] if prompt == "ap" else [])]
     out.mkdir()
 
     def prepared(k, *more):
