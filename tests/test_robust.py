@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import degrade
 import mioir
 import train
 from conftest import TINY
@@ -262,6 +263,7 @@ def test_a_cached_image_that_vanishes_is_named(tmp_path, tiny):
         source = train.open_images(args, lambda text: None)
         for path in (out / "cache").glob("*.npy"):
             path.unlink()
+        hasattr(degrade, "_mapped") and degrade._mapped.cache_clear()
         next(train.batches(train.Run(args, torch.device("cpu")), source, train.Machine(args)))
 
 
