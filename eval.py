@@ -47,9 +47,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
-from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, gaussian_taps,
-                     list_images, open_image, photo_items, read_image, seeded, time_left, to_image,
-                     to_rgb, to_tensor, whole_file)
+from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, find_depths,
+                     gaussian_taps, list_images, open_image, read_image, read_photo, seeded,
+                     time_left, to_image, to_rgb, to_tensor, whole_file)
 from mioir import (ANSWERS, DOUBT, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
                    classify, load_model, parse_task, restore)
 
@@ -557,9 +557,9 @@ def load_images(args):
     if not args.images:
         return builtin_images()
     images = []
-    for _, read, files in photo_items([args.images], args.depth):
+    for files in find_depths([args.images], args.depth).items():
         try:
-            image, depth = read(*files)                                # (H,W,3), (h,w) or None
+            image, depth = read_photo(*files)                                # (H,W,3), (h,w) or None
             depth = None if depth is None else torch.from_numpy(depth)[None, None]
             images.append((to_tensor(image), depth))
         except ValueError as error:
@@ -798,7 +798,7 @@ def save_picture(target, picture, original, untouched=None):
     profile = None if "C" in bands else original.info.get("icc_profile")
     with picture_file(target) as unfinished:
         if untouched and FORMATS.get(untouched.suffix.lower()) == kind:
-            unfinished.write_bytes(untouched.read_bytes())
+            unfinished.write(untouched.read_bytes())
         else:
             out.save(unfinished, format=kind, quality=95, icc_profile=profile)
 
@@ -1112,7 +1112,7 @@ def export(args, model, info, device):
         raise ValueError(f"--export {path}: a run calls so what --resume needs; choose another")
     claim(path, (".pt", ".pth"), args)
     half = model.half().state_dict()                         # whole numbers stay as they are
-    with whole_file(path) as unfinished, open(unfinished, "wb") as file:
+    with whole_file(path) as file:
         torch.save({**info, "raw": half, "ema": half}, file)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 

@@ -68,24 +68,6 @@ from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
                    WindowBlock, build_classifier, build_model, load_model, read_checkpoint)
 
-# TEMPORARY, until degrade.py on main has depth_crop.
-if not hasattr(ImageCache, "depth_crop"):
-    import degrade as _d
-    from mioir import reflect_pad as _pad
-
-    def _depth_crop(self, k, top, left, edge, g):
-        depth, (h, w) = self.depth(k), self.size(k)
-        prior = depth is None
-        depth = _d.prior_knots(g) if prior else depth
-        most = 1.0 if prior else _d.enlarged_maximum(depth, (h, w))
-        depth = _d.enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
-        return (_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0)) / most)[0].numpy()
-
-    ImageCache.depth_crop = _depth_crop
-    _crop = ImageCache.crop
-    ImageCache.crop = lambda self, *a: np.asarray(_crop(self, *a))
-
-
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
 # The loss is L1, the mean of |y - gt|: unlike the squared error it does not let the few largest
