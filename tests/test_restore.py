@@ -13,18 +13,6 @@ from mioir import TASKS, build_model, restore
 from test_models import KINDS, small
 
 
-@pytest.mark.parametrize("arch, prompt", KINDS)
-def test_restore_keeps_any_size_and_float32_agrees_with_float64(arch, prompt):
-    model = small(arch, prompt)
-    for n, h, w in ((2, 37, 61), (1, 1, 1), (1, 130, 70))[:2 if arch == "uformer" else 3]:     # it makes squares of 128 and 256
-        x, task = torch.rand(n, 3, h, w), torch.tensor([6, 2])[:n]
-        y = restore(model, x, task)
-        exact = restore(model.double(), x.double(), task)
-        model.float()
-        assert y.shape == x.shape
-        assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
-
-
 def pad(x, right, bottom, left=0, top=0):
     return F.pad(x, (left, right, top, bottom), mode="reflect")
 
@@ -68,16 +56,6 @@ def test_tiles_of_srresnet_equal_the_whole(prompt):
     tiled = restore(model, x, task, tile=96, report=lambda *counts: done.append(counts))
     assert (tiled - restore(model, x, task, tile=0)).abs().max() < 1e-6
     assert done == [(k, 5 * 9) for k in range(1, 46)]          # tiles of 96 begin every 16 pixels, the last one at the edge
-
-
-@pytest.mark.parametrize("arch, bound", (("swinir", 1e-6), ("restormer", 1e-3), ("uformer", 1e-2), ("promptir", 8e-3)))
-def test_tiles_of_the_others_stay_close_and_keep_the_size(arch, bound):
-    """These see farther than a tile. Twice what was measured with these weights."""
-    model = small(arch)
-    x = torch.rand(1, 3, 150, 290, generator=torch.Generator().manual_seed(0))
-    y, whole = restore(model, x, tile=128), restore(model, x, tile=0)
-    assert y.shape == x.shape and (y - whole).pow(2).mean().sqrt() < bound
-    assert arch == "swinir" or not torch.equal(y, whole)
 
 
 def test_tiles_come_by_themselves_above_a_megapixel_of_what_the_network_sees():
@@ -307,3 +285,27 @@ def test_the_classifier_reads_a_large_picture_in_strips_as_it_would_read_it_whol
         name, sure = mioir.classify(classifier, x)
         assert sure == pytest.approx(whole.max().item(), abs=1e-6) and name == classifier.answers[whole.argmax()]
     assert mioir.classify(classifier, torch.rand(1, 3, 2, 5))[0] in classifier.answers
+
+
+# All networks, which takes longest -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, prompt", KINDS)
+def test_restore_keeps_any_size_and_float32_agrees_with_float64(arch, prompt):
+    model = small(arch, prompt)
+    for n, h, w in ((2, 37, 61), (1, 1, 1), (1, 130, 70))[:2 if arch == "uformer" else 3]:     # it makes squares of 128 and 256
+        x, task = torch.rand(n, 3, h, w), torch.tensor([6, 2])[:n]
+        y = restore(model, x, task)
+        exact = restore(model.double(), x.double(), task)
+        model.float()
+        assert y.shape == x.shape
+        assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("arch, bound", (("swinir", 1e-6), ("restormer", 1e-3), ("uformer", 1e-2), ("promptir", 8e-3)))
+def test_tiles_of_the_others_stay_close_and_keep_the_size(arch, bound):
+    """These see farther than a tile. Twice what was measured with these weights."""
+    model = small(arch)
+    x = torch.rand(1, 3, 150, 290, generator=torch.Generator().manual_seed(0))
+    y, whole = restore(model, x, tile=128), restore(model, x, tile=0)
+    assert y.shape == x.shape and (y - whole).pow(2).mean().sqrt() < bound
+    assert arch == "swinir" or not torch.equal(y, whole)
