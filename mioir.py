@@ -9,6 +9,7 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("assets/restormer.pt")        # a checkpoint rebuilds its own model
     restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
+    restore(model, "assets/coffee_noisy.png", "auto")      # a classifier names the task, or none
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
@@ -43,7 +44,6 @@ from torch import nn
 from torch.nn import functional as F
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
-ANSWERS = (*TASKS, "none")      # of our own classifier, which may also say: nothing is wrong here
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
@@ -938,7 +938,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None, classifie
     modes = {module: module.training for module in model.modules()}
     model.eval()                                   # drop path is for training
     try:
-        if isinstance(task, str) and task == "auto":
+        if isinstance(task, str) and task.lower() == "auto":
             if getattr(model, "prompt", "ep") == "ep":
                 return as_given(restore_as_named(model, x, classifier, tile, overlap, report))
             task = None                            # a plain or "ap" model reads no task
@@ -1059,6 +1059,9 @@ def task_tensor(model, task, images):
 
 
 # ---- "auto": the task that a classifier names ----------------------------------------------------
+
+ANSWERS = (*TASKS, "none")
+
 
 class TaskOrNone(TaskClassifier):
     """Our own classifier: (N,3,H,W) -> logits (N,8) in the order of ANSWERS. It may also say that
