@@ -28,11 +28,13 @@ shape comments are the paper's sizes. A star * marks a site: a place where the p
 
 Reading order: the prompt path; SRResNet, the plainest backbone; Restormer and PromptIR (attention
 over channels); SwinIR and Uformer (attention in windows); the classifier; restoring a whole image.
-What comes after the banner "not in the paper" is kinds of pictures, tiles, files, and the names of
-published weights.
+What comes after the banner "not in the paper" is kinds of pictures, the answer "none", tiles,
+files, and the names of published weights.
 """
+import contextlib
 import functools
 import math
+import operator
 import re
 from pathlib import Path
 
@@ -67,15 +69,12 @@ class Extractor(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def features(self, p):
-        """p: (N,1 or 3,H,W), at least 5 x 5 -> (N,64,~H/8,~W/8)."""
+    def forward(self, p):
+        """p: (N,1 or 3,H,W), at least 5 x 5 -> z (N,64). The global mean makes any size fit."""
         f = F.relu(self.conv1(p))                                               # (N,64,62,62)
         f = F.relu(self.conv2(f))                                               # (N,64,31,31)
-        return F.relu(self.conv3(f))                                            # (N,64,16,16)
-
-    def forward(self, p):
-        """p: (N,1 or 3,H,W) -> z (N,64). The global mean makes an image of any size fit."""
-        return self.features(p).mean((2, 3))
+        f = F.relu(self.conv3(f))                                               # (N,64,16,16)
+        return f.mean((2, 3))                                                   # (N,64)
 
 
 class PromptPath(nn.Module):
@@ -102,10 +101,6 @@ class PromptPath(nn.Module):
         features = [extract(images) for extract in self.extract]                # each z (M,64)
         if rows is not None:
             features = [z[rows] for z in features]                              # each z (N,64)
-        return self.scales_and_shifts(features)
-
-    def scales_and_shifts(self, features):
-        """features: one z (N,64) per extractor -> {site: (scale, shift)}, each (N,C,1,1)."""
         prompt = {}
         for site, number in self.extractor_of.items():
             z = features[number]
@@ -147,8 +142,10 @@ class Backbone(nn.Module):
             # published. A buffer, so saved: another set of prompts would be another model.
             self.path = PromptPath(1, sites, prompt_width)
             generator = torch.Generator().manual_seed(0)
-            images = torch.rand(len(TASKS), 128, 128, generator=generator, device="cpu")
-            self.register_buffer("prompts", images.to(torch.get_default_device()))
+            images = torch.rand(len(TASKS), 128, 128, generator=generator, dtype=torch.float32,
+                                device="cpu")      # whatever the caller's defaults are: one stream
+            self.register_buffer("prompts", images.to(torch.get_default_device(),
+                                                      torch.get_default_dtype()))
         if prompt == "ap":
             self.path = PromptPath(3, sites, prompt_width)
 
@@ -157,7 +154,7 @@ class Backbone(nn.Module):
 
         x: (N,3,H,W), read by "ap". task, read by "ep": LongTensor (N,) of rows of TASKS, or
         FloatTensor (N,7) of weights: the prompt is then that weighted sum of the seven images.
-        A task of (1,) or (1,7) is that of all N.
+        A task of (1,) or (1,7) is that of all N. ValueError for any other, see `check_task`.
         """
         if self.prompt is None:
             return None
@@ -166,11 +163,13 @@ class Backbone(nn.Module):
         if task is None:
             raise ValueError("an 'ep' model needs a task: to restore, a name such as 'noise'; in "
                              "any call a LongTensor (N,) of rows of TASKS, or weights (N,7)")
+        check_task(task, len(x), len(self.prompts))
         if task.is_floating_point():
-            # (A model made before a task was added has fewer prompts: its weight is left out.)
+            # (A model made before a task was added has fewer prompts: that task's weight is 0.)
             weights = task.to(self.prompts)[:, :len(self.prompts)]
             mixed = torch.einsum("nt,thw->nhw", weights, self.prompts)
             return self.path(mixed[:, None])                                    # (N,1,128,128) in
+        task = task.long()                         # an index of uint8 would be taken for a mask
         if task.device.type == "cpu" and not torch.compiler.is_compiling():
             # Several images may share a task: F_ext reads each prompt that occurs once.
             present, rows = task.unique(return_inverse=True)
@@ -184,6 +183,27 @@ class Backbone(nn.Module):
         if prompt is None:
             prompt = self.read_prompt(x, task)
         return self.body(x, prompt)
+
+
+def check_task(task, images, count):
+    """Raises ValueError unless the tensor `task` is one that `Backbone.read_prompt` takes, for so
+    many images and so many prompts.
+
+    Its numbers are looked at where they lie on a CPU. A GPU would have to be waited for in every
+    iteration; there `restore` looks at them before it sends them.
+    """
+    mixture = task.is_floating_point()
+    right = task.dtype != torch.bool and task.ndim == 1 + mixture and len(task) in (1, images)
+    right = right and not (mixture and task.shape[1] not in (count, len(TASKS)))
+    if right and task.device.type == "cpu" and not torch.compiler.is_compiling():
+        right = task.min() >= 0 and (mixture or task.max() < count)            # NaN fails, too
+        if mixture and right:                      # some weight, and none on prompts it lacks
+            right = 0 < task.sum(1).min() and task.sum() < math.inf and not task[:, count:].any()
+    if not right:
+        shown = task.tolist() if task.numel() < 9 else f"of shape {tuple(task.shape)}"
+        raise ValueError(f"task {shown}: for {images} images a model of {count} prompts takes a "
+                         f"LongTensor (N,) of rows, 0 to {count - 1}, or a FloatTensor (N,{count}) "
+                         "of weights, finite, not negative, not all zero; N may be 1")
 
 
 # ---- SRResNet: 16 residual blocks at full resolution ("MSRResNet" of BasicSR, at scale 1) --------
@@ -249,13 +269,16 @@ class SRResNet(Backbone):
 #      |                                                             |
 #    embed   48 channels, H x W            output 3 *  <- refinement 96 *
 #      |                                                             |
-#    encoder 1  48 ---------------- skip -----------------> decoder 1  96 *
+#    encoder[0]  48 --------------- skip ----------------> decoder[0]  96 *
 #      |  half the size, twice the channels                          |  twice the size
-#    encoder 2  96 ---------------- skip -----------------> decoder 2  96 *
+#    encoder[1]  96 --------------- skip ----------------> decoder[1]  96 *
 #      |                                                             |
-#    encoder 3  192 --------------- skip -----------------> decoder 3  192 *
+#    encoder[2]  192 -------------- skip ----------------> decoder[2]  192 *
 #      |                                                             |
 #      +------------------> latent 384 * ----------------------------+     H/8 x W/8
+#
+# All lists go from the finest level to the coarsest. The paper calls these levels 1, 2 and 3, and
+# the sites are called so, too: the star at decoder[0] is the site "decoder1".
 
 class ChannelAttention(nn.Module):
     """MDTA (Restormer, Section 3.1): the channels of a head attend to each other over all pixels.
@@ -267,6 +290,8 @@ class ChannelAttention(nn.Module):
     """
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads can't share {dim} channels evenly")
         self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
@@ -313,8 +338,8 @@ class RestormerBlock(nn.Module):
         self.ffn = GatedFeedForward(dim, expansion)
 
     def forward(self, f):
-        # nn.LayerNorm works on the last axis: channels go there and back. That is free where the
-        # memory is channels-last already (train.lay_channels_last), else a copy.
+        # nn.LayerNorm works on the last axis, so channels are moved there. Its result lies so in
+        # memory ("channels-last"), and still does when the axes are back in their order.
         t = self.norm1(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         f = f + self.attn(t)
         t = self.norm2(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -322,8 +347,8 @@ class RestormerBlock(nn.Module):
 
 
 class Restormer(Backbone):
-    """The drawing above. 6 sites; the latent, decoder 3, then decoder 2, 1 and refinement together,
-    then the output have an F_ext each. Lists run from the finest level to the coarsest."""
+    """The drawing above. 6 sites and four F_ext: one for the latent, one for the coarsest decoder,
+    one for the two finer decoders and the refinement together, one for the output."""
     multiple = 64                  # the U-shape needs 8; the published test protocol pads to 64
 
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
@@ -511,6 +536,8 @@ class WindowAttention(nn.Module):
     """
     def __init__(self, dim, heads, window):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads can't share {dim} channels evenly")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
@@ -519,12 +546,17 @@ class WindowAttention(nn.Module):
         self.register_buffer("index", relative_position_index(window), persistent=False)
 
     def forward(self, t, mask=None):
-        """t: (N,windows,T,C) with T = window^2; mask: (windows,T,T) or None -> (N,windows,T,C)."""
+        """t: (N,windows,T,C) with T = window^2; mask: (windows,T,T) or None -> (N,windows,T,C).
+
+        Some windows at a time, so that memory stays bounded: the scores of all 43,350 of SwinIR's
+        for 2040 x 1356 pixels would take 4 GB. A CPU is fastest on as many as keep to its cache. A
+        GPU gets enough to be busy; times 16 heads they stay below 65,536 matrices, more than which
+        some of its kernels do not take at once.
+        """
         bias = self.bias_table[self.index].permute(2, 0, 1)                     # (heads,T,T)
-        if t.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.attend(t, bias, mask)
-        # A CPU is faster on a few windows at a time, whose scores stay in its cache.
-        few = max(32 // len(t), 1)
+        few = max((32 if t.device.type == "cpu" else 2048) // len(t), 1)        # of each image
+        if t.shape[1] <= few or torch.compiler.is_compiling():
+            return self.attend(t, bias, mask)      # (a graph of free size can't hold the loop)
         parts = []
         for first in range(0, t.shape[1], few):
             some = slice(first, first + few)
@@ -536,27 +568,12 @@ class WindowAttention(nn.Module):
         """The same for all these windows at once."""
         qkv = self.qkv(t).unflatten(-1, (3, self.heads, -1))                    # (N,w,T,3,heads,c)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                                 # (N,w,heads,T,c)
-        if t.is_cuda:
-            out = self.one_kernel(q, k, v, bias, mask)
-        else:
-            scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # (N,w,heads,T,T)
-            scores += bias
-            if mask is not None:
-                scores += mask[:, None]
-            out = scores.softmax(-1) @ v                                        # (N,w,heads,T,c)
-        return self.project(out.transpose(2, 3).flatten(3))                     # (N,w,T,C)
-
-    def one_kernel(self, q, k, v, bias, mask):
-        """The formula in torch's fused kernel, which never stores the scores; for GPUs. To it,
-        each window's heads are heads of their own: (N, windows * heads, T, c)."""
-        windows = q.shape[1]
-        bias = bias[None]                                                       # (1,heads,T,T)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT                               # (N,w,heads,T,T)
+        scores += bias
         if mask is not None:
-            bias = bias + mask[:, None]                                         # (w,heads,T,T)
-        bias = bias.to(q.dtype).expand(windows, -1, -1, -1).flatten(0, 1)       # (w*heads,T,T)
-        q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)             # (N,w*heads,T,c)
-        out = F.scaled_dot_product_attention(q, k, v, bias[None])
-        return out.unflatten(1, (windows, self.heads))
+            scores += mask[:, None]
+        out = scores.softmax(-1) @ v                                            # (N,w,heads,T,c)
+        return self.project(out.transpose(2, 3).flatten(3))                     # (N,w,T,C)
 
 
 class DropPath(nn.Module):
@@ -715,7 +732,9 @@ class SwinIR(Backbone):
 #      |                                                         |
 #      +----------------> bottleneck 512 * ----------------------+      H/16 x W/16
 #
-# Nothing comes down after a skip is joined: each decoder is twice as wide as its encoder.
+# Both lists count in the order in which they run, so that decoder 0 is the coarsest: not by level,
+# as Restormer's do. Nothing comes down after a skip is joined: each decoder is twice as wide as its
+# encoder.
 
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward (Uformer, Section 3.2): an MLP with a depthwise convolution."""
@@ -793,51 +812,32 @@ class Uformer(Backbone):
 # ---- The task classifier: names the degradation when the user does not ---------------------------
 
 class TaskClassifier(nn.Module):
-    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9. With none=True, ours:
-    (N,8) in the order of ANSWERS; the published one has no word for a clean picture and calls it
-    "dark".
+    """(N,3,H,W) -> logits (N,7) in the order of TASKS; H and W at least 9.
 
-    It looks at blocks of 9 x 9 pixels side by side, and averages what it found. The
-    published one ends in a softmax and is trained with a cross-entropy that applies another, which
-    flattens the gradients; ours returns logits, whose softmax equals the published output.
-
-    To tell a clean picture from a slightly damaged one is harder, and takes two things more:
-      - detail, what a pixel has beyond the mean of the 3 x 3 around it, in units of two grey
-        levels and clipped to [-1,1]. What JPEG leaves behind is that faint, and next to an edge of
-        a hundred levels no filter would notice it (steganalysis truncates residuals for that:
-        Fridrich, Kodovsky 2012);
-      - the most, besides the mean: of each of the 32 numbers its mean over the sixteenth of the
-        blocks that have most of it. A blurred picture has no sharp block ANYWHERE, a hazy one no
-        black one; a clean picture may have few of them.
+    It looks at blocks of 9 x 9 pixels side by side, and averages what it found. The published one
+    ends in a softmax and is trained with a cross-entropy that applies another, which flattens the
+    gradients; ours returns logits, whose softmax equals the published output.
     """
-    def __init__(self, width=128, none=False):
+    def __init__(self, width=128):
         super().__init__()
-        self.answers = ANSWERS if none else TASKS
-        self.ours = none
+        self.answers = TASKS
         self.features = nn.Sequential(
-            nn.Conv2d(6 if none else 3, width, 3, stride=3), nn.LeakyReLU(0.1), # (N,128,H/3,W/3)
+            nn.Conv2d(3, width, 3, stride=3), nn.LeakyReLU(0.1),                # (N,128,H/3,W/3)
             nn.Conv2d(width, width, 3, stride=3), nn.LeakyReLU(0.1),            # (N,128,H/9,W/9)
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1),
             nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 32, 1))
-        self.head = nn.Linear(64 if none else 32, len(self.answers))
+        self.head = nn.Linear(32, len(TASKS))
 
     def forward(self, x):
-        return self.decide(self.blocks(x))
+        return self.decide(self.features(self.look(x)).flatten(2))
 
-    def blocks(self, x):
-        """What is found in each block: (N,3,H,W) -> (N,32,blocks)."""
-        if self.ours:
-            detail = x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-            x = torch.cat((x, (detail * 255 / 2).clamp(-1, 1)), 1)              # (N,6,H,W)
-        return self.features(x).flatten(2)
+    def look(self, x):
+        """What is looked at: the picture, (N,3,H,W)."""
+        return x
 
     def decide(self, found):
-        """(N,32,blocks) of one picture or its parts -> logits (N,7), or (N,8)."""
-        z = found.mean(2)                                                       # (N,32)
-        if self.ours:
-            most = found.topk(max(found.shape[2] // 16, 1), dim=2).values       # (N,32,blocks/16)
-            z = torch.cat((z, most.mean(2)), 1)                                 # (N,64)
-        return self.head(z)
+        """found: the 32 numbers of each block, (N,32,blocks) -> logits (N,7)."""
+        return self.head(found.mean(2))
 
 
 # ---- Building a model ----------------------------------------------------------------------------
@@ -894,23 +894,23 @@ def parse_task(text):
     single prompts alone, a sum of 1; so weights are divided by theirs, and "noise,jpeg" is half and
     half. Raises ValueError with the mend.
     """
-    weights = torch.zeros(1, len(TASKS))
+    weights = torch.zeros(1, len(TASKS), device="cpu")
     for part in text.lower().split(","):
         name, _, weight = part.replace(" ", "").partition(":")
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}, a mixture "
-                             "such as noise:0.7,jpeg:0.3; auto is eval.py's, by a classifier")
+            raise ValueError(f"unknown task {name!r}: choose auto (by a classifier), one of "
+                             f"{', '.join(TASKS)}, or a mixture such as noise:0.7,jpeg:0.3")
         try:
             weights[0, TASKS.index(name)] += float(weight or 1)        # "noise" alone has weight 1
         except ValueError:
-            raise ValueError(f"--task {text}: {weight!r} is not a number") from None
+            raise ValueError(f"task {text}: {weight!r} is not a number") from None
     total = weights.sum().item()
     if weights.min() < 0 or not 0 < total < math.inf:                  # NaN fails, too
-        raise ValueError(f"--task {text}: weights can't be negative, infinite or all zero")
+        raise ValueError(f"task {text}: weights can't be negative, infinite or all zero")
     return weights / total
 
 
-def restore(model, x, task=None, tile=None, overlap=None, report=None):
+def restore(model, x, task=None, tile=None, overlap=None, report=None, classifier=None):
     """Restores pictures of any height and width, and of any kind; the same kind comes out.
 
     x: a tensor (N,3,H,W) or (3,H,W), floats in [0,1]; a numpy array (H,W,3) or, grey, (H,W), uint8
@@ -918,36 +918,38 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None):
     comes out, of mode L for grey of mode L, else RGB: transparency is lost. Floats come out
     unclamped, as the network made them. Raises ValueError for other shapes, and for numbers beyond
     2: such as are in 0 .. 255.
-    task: a name of TASKS, or its row; a mixture, "noise:0.7,jpeg:0.3"; or as in
-    Backbone.read_prompt. Only "ep" models read it. ("auto", by a classifier, is eval.py's.)
+    task: a name of TASKS, or its row; a mixture, "noise:0.7,jpeg:0.3"; a tensor as
+    Backbone.read_prompt takes it; or "auto": `classifier` (a TaskClassifier; None: the one that is
+    shipped) names the task of each picture, and one in which it finds nothing, or is in doubt,
+    comes out as it was. Of our models only "ep" ones read it.
     tile: edge of square tiles in pixels, rounded up to the model's multiple, so that memory stays
-    bounded; None runs the picture whole. overlap: pixels that neighbours share, more than twice
-    model.context; the default suits the backbone. report(done, tiles) is called after each tile.
+    bounded; 0 runs the picture whole; None: as `auto_tile` says, in tiles above a megapixel.
+    overlap: pixels that neighbours share, more than twice model.context; the default suits the
+    backbone. report(done, tiles) is called after each tile.
 
     model is put into eval mode for the time of the call, and back, also after an exception. So
     threads may share a model that is in eval mode already, which is then only read; but no other
     thread may train it meanwhile, or call train() or eval().
     """
-    if isinstance(task, str):      # one task: its row, (1,), for all of a batch; else weights (1,7)
-        task = torch.tensor([TASKS.index(task)]) if task in TASKS else parse_task(task)
-    if type(task) is int and 0 <= task < len(TASKS):           # True is no row
-        task = torch.tensor([task])
-    if task is not None and not torch.is_tensor(task):
-        raise ValueError(f"task {task!r}: give a name of TASKS, its row, 0 to {len(TASKS) - 1}, or "
-                         "a tensor as Backbone.read_prompt takes")
-    x, as_given = to_batch(x, next(model.parameters(), torch.empty(0)))
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module                       # what copies a network for large batches
+    like = next(model.parameters(), x if torch.is_tensor(x) else torch.zeros((), device="cpu"))
+    x, as_given = to_batch(x, like)
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
-    # A network's own output may leave [0,1] a little; 0 .. 255 is far outside.
-    if not x.is_floating_point() or (not x.is_meta and x.abs().max() > 2):
+    # A network's own output may leave [0,1] a little; 0 .. 255 is far outside. NaN fails, too.
+    if not x.is_floating_point() or not (x.is_meta or x.abs().max() <= 2):
         raise ValueError(f"restore takes floats in [0,1], not {x.dtype} up to {x.max():g}; "
                          "divide by 255")
-    if task is not None:
-        task = task.to(x.device)
     # Each module's own mode: model.train() would also wake a part that someone keeps in eval mode.
     modes = {module: module.training for module in model.modules()}
     model.eval()                                   # drop path is for training
     try:
+        if isinstance(task, str) and task == "auto":
+            if getattr(model, "prompt", "ep") == "ep":
+                return as_given(restore_as_named(model, x, classifier, tile, overlap, report))
+            task = None                            # a plain or "ap" model reads no task
+        task = task_tensor(model, task, len(x))
         return as_given(restore_batch(model, x, task, tile, overlap, report))
     finally:
         for module, training in modes.items():
@@ -960,32 +962,39 @@ def restore_batch(model, x, task, tile, overlap, report):
 
     model: a backbone, or any network called as model(x, task=task); what it needs may stand in its
     attributes `multiple`, `square`, `overlap` and `context` (see Backbone). An "ap" model's prompt
-    is the padded image.
+    is the padded image, whole, whatever the tiles. task: what `task_tensor` gives.
     """
-    square = getattr(model, "square", False) and tile is None
+    tile = auto_tile(model, *x.shape[2:]) if tile is None else tile
+    if tile:
+        tile, overlap = check_tile(model, tile, overlap)
+    square = getattr(model, "square", False) and not tile
     padded, top, left = pad_for(x, getattr(model, "multiple", 1), square)
+    task = None if task is None else task.to(x.device)
     run = functools.partial(model, task=task)
     if hasattr(model, "read_prompt"):              # a Backbone reads its prompt once for all tiles
-        run = functools.partial(model, prompt=read_prompt_of_any_size(model, padded, task))
-    y = run(padded) if tile is None else restore_tiled(model, run, padded, tile, overlap, report)
+        h, w = padded.shape[2:]
+        large = reflect_pad(padded, 0, max(5 - w, 0), 0, max(5 - h, 0))         # F_ext needs 5 x 5
+        run = functools.partial(model, prompt=model.read_prompt(large, task))
+    y = restore_tiled(model, run, padded, tile, overlap, report) if tile else run(padded)
     return y[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
 # ==================================================================================================
-# Not in the paper: pictures too large for the memory, files, and the names of published weights.
+# Not in the paper: kinds of pictures and tasks, "auto", tiles, files, names of published weights.
 # ==================================================================================================
 
-# ---- Kinds of pictures ---------------------------------------------------------------------------
+# ---- Kinds of pictures and of tasks --------------------------------------------------------------
 
 def to_batch(x, like):
     """What `restore` is given -> (the same as (N,3,H,W), a function that turns a result of that
-    shape into the kind it came from). Pictures go to the device and type of the tensor `like`.
-    numpy and pillow are imported here, so that who has tensors needs torch alone."""
+    shape into the kind it came from). Floats go to the device and type of the tensor `like`, and
+    results back to those of x. numpy and pillow are imported here, so that nobody needs them to
+    restore tensors."""
     if torch.is_tensor(x):                         # (N,3,H,W) or (3,H,W)
         batch = x[None] if x.ndim == 3 else x
-        if x.is_floating_point():                  # of the network's type; anything else is refused
-            batch = batch.to(like.dtype)
-        return batch, lambda y: y.reshape(x.shape).to(x.dtype)
+        if x.is_floating_point():                  # anything else is refused
+            batch = batch.to(like)
+        return batch, lambda y: y.reshape(x.shape).to(x)
     import numpy as np
     from PIL import Image, ImageOps
     if isinstance(x, (str, Path)):
@@ -993,9 +1002,7 @@ def to_batch(x, like):
             return to_batch(image, like)
     picture = isinstance(x, Image.Image)
     if picture:
-        if x.mode[0] in "IF":                      # 16 bits or more: pillow would cut them at 255
-            raise ValueError(f"restore takes images of 8 bits, not of mode {x.mode}; eval.py "
-                             "--input reads them, as 8")
+        refuse_deep_grey(x.mode)
         # Cameras store pictures as the sensor lay, and how to turn them in EXIF.
         x = np.asarray(ImageOps.exif_transpose(x).convert("L" if x.mode == "L" else "RGB"))
     shape, kind = getattr(x, "shape", ()), str(getattr(x, "dtype", type(x).__name__))
@@ -1010,7 +1017,7 @@ def to_batch(x, like):
     def back(y):
         y = y[0].permute(1, 2, 0).float().cpu()                                 # (H,W,3)
         if grey:
-            y = y @ torch.tensor((0.299, 0.587, 0.114))                         # (H,W): luma
+            y = y @ y.new_tensor((0.299, 0.587, 0.114))                         # (H,W): luma
         if full == 255:                            # as the protocol rounds: see eval.restored
             y = (y * 255).round().clamp(0, 255)
         y = y.numpy().astype(kind)
@@ -1018,18 +1025,162 @@ def to_batch(x, like):
     return torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None].to(like), back
 
 
-# ---- Tiles and strips: bounded memory for pictures of any size -----------------------------------
+def refuse_deep_grey(mode):
+    """Raises ValueError for the modes of pillow in which grey has more than 8 bits: I;16, I and F.
+    Where white lies in them the file does not say (12 bits in a file of 16 are common)."""
+    if mode[0] in "IF":
+        raise ValueError(f"grey of more than 8 bits or floats (mode {mode}): where its white lies "
+                         "is not known; save it as 8 bits")
+
+
+def task_tensor(model, task, images):
+    """A task as `restore` takes it -> the tensor for model(x, task=task): a LongTensor of rows,
+    (1,) or (N,), or weights, (1,7) or (N,7); or None. ValueError for what is no task of this model."""
+    prompts = getattr(model, "prompts", None)      # plain, "ap" and some foreign networks have none
+    count = len(prompts) if torch.is_tensor(prompts) else None
+    rows = f"a row, 0 to {(count or len(TASKS)) - 1}"
+    if isinstance(task, str):
+        weights = parse_task(task)
+        if count not in (None, len(TASKS)) and not hasattr(model, "read_prompt"):
+            raise ValueError(f"task {task!r}: names are those of TASKS, {len(TASKS)} in number; "
+                             f"this network has {count} prompts of its own: give {rows}")
+        task = TASKS.index(task) if task in TASKS else weights
+    if hasattr(task, "__index__") and not isinstance(task, (bool, torch.Tensor)):
+        task = torch.tensor([operator.index(task)], device="cpu")      # 2, or numpy's int64(2)
+    if not isinstance(task, (torch.Tensor, type(None))):
+        raise ValueError(f"task {task!r}: give auto, a name of TASKS, {rows}, a mixture such as "
+                         "noise:0.7,jpeg:0.3, or a tensor as Backbone.read_prompt takes it")
+    if task is not None and count:
+        check_task(task.cpu() if task.is_cuda else task, images, count)
+    return task
+
+
+# ---- "auto": the task that a classifier names ----------------------------------------------------
+
+class TaskOrNone(TaskClassifier):
+    """Our own classifier: (N,3,H,W) -> logits (N,8) in the order of ANSWERS. It may also say that
+    nothing is wrong. (The published one has no word for a clean picture, and calls it "dark".)
+
+    To tell a clean picture from a slightly damaged one is harder, and takes two things more:
+      - detail, what a pixel has beyond the mean of the 3 x 3 around it, in units of two grey
+        levels and clipped to [-1,1]. What JPEG leaves behind is that faint, and next to an edge of
+        a hundred levels no filter would notice it (steganalysis truncates residuals for that:
+        Fridrich, Kodovsky 2012);
+      - the most, besides the mean: of each of the 32 numbers its mean over the sixteenth of the
+        blocks that have most of it. A blurred picture has no sharp block ANYWHERE, a hazy one no
+        black one; a clean picture may have few of them.
+    """
+    def __init__(self, width=128):
+        super().__init__(width)
+        self.answers = ANSWERS
+        self.features[0] = nn.Conv2d(6, width, 3, stride=3)
+        self.head = nn.Linear(64, len(ANSWERS))
+
+    def look(self, x):
+        """The picture, and its detail: (N,3,H,W) -> (N,6,H,W)."""
+        detail = x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        return torch.cat((x, (detail * 255 / 2).clamp(-1, 1)), 1)
+
+    def decide(self, found):
+        """(N,32,blocks) -> logits (N,8)."""
+        most = found.topk(max(found.shape[2] // 16, 1), dim=2).values           # (N,32,blocks/16)
+        return self.head(torch.cat((found.mean(2), most.mean(2)), 1))           # of (N,64)
+
+
+def build_classifier(width=128, none=False):
+    """A fresh classifier: the paper's, which knows TASKS; or, with none, ours, with ANSWERS."""
+    return (TaskOrNone if none else TaskClassifier)(width)
+
+
+# Below these probabilities our classifier is in doubt, and a wrong prompt harms a picture. A blind
+# guess among eight answers has 0.125.
+DOUBT = dict.fromkeys(TASKS, 0.75)
+
+
+@torch.no_grad()
+def classify(classifier, x, damaged=False):
+    """(name, its probability) for one image (1,3,H,W), all of it in its own size. The name is one
+    of classifier.answers, but not "none" where the image is known as damaged.
+
+    The classifier is a function of blocks: each 9 x 9 pixels become 32 numbers, and no two blocks
+    overlap. So a large picture is read in strips of whole blocks, in little memory. (Detail looks
+    one pixel beyond a block: a strip is given its neighbours' rows, which are then cut off. Up to 8
+    pixels at the right and the bottom make no whole block and are not seen.)
+    """
+    h, w = x.shape[2:]
+    x = F.pad(x, (0, max(9 - w, 0), 0, max(9 - h, 0)), mode="replicate")       # at least one block
+    found = []
+    for top in range(0, x.shape[2] - 8, 9 * 64):           # a rest below 9 rows makes no block
+        above = min(top, 1)                                # there is no row above the first
+        strip = x[:, :, top - above:top + 9 * 64 + 1].to(classifier.head.weight)
+        strip = classifier.look(strip)[:, :, above:above + 9 * 64]             # (1,3 or 6,576,W)
+        found.append(classifier.features(strip).flatten(2))                    # (1,32,64 (W // 9))
+    logits = classifier.decide(torch.cat(found, 2))[0]                         # (7,) or (8,)
+    if damaged:
+        logits = logits[:len(TASKS)]                       # "none" comes last
+    sure, row = logits.softmax(0).max(0)
+    return classifier.answers[row.item()], sure.item()
+
+
+def choose_task(classifier, x):
+    """(task, name, probability) for one image (1,3,H,W): what `classify` named, and, as task, the
+    same name, or None where the picture is better left as it is.
+
+    A picture that is fine must stay so. A classifier that can answer "none" is believed when it
+    does, and where it is in doubt nothing is touched either: a picture left as it was can be
+    restored later. The published classifier always has to name a damage.
+    """
+    name, sure = classify(classifier, x)
+    doubt = name == "none" or sure < DOUBT.get(name, max(DOUBT.values()))
+    return (None if doubt and "none" in classifier.answers else name), name, sure
+
+
+@torch.no_grad()
+def restore_as_named(model, x, classifier, tile, overlap, report):
+    """`restore` of (N,3,H,W) with the task "auto", by a model in eval mode that reads a task."""
+    if classifier is None:
+        shipped = Path(__file__).parent / "assets" / "classifier.pt"
+        classifier, _ = load_model(shipped, device=x.device)
+    y = x.clone()
+    for k in range(len(x)):
+        name, *_ = choose_task(classifier, x[k:k + 1])
+        if name is not None:
+            task = task_tensor(model, name, 1)
+            y[k:k + 1] = restore_batch(model, x[k:k + 1], task, tile, overlap, report)
+    return y
+
+
+# ---- Tiles: bounded memory for pictures of any size ----------------------------------------------
+
+def auto_tile(model, h, w):
+    """0, which is whole, up to a megapixel; above it tiles of 512, so that memory stays bounded:
+    the features of a tile take the same room in a picture of any size. What counts is what the
+    network sees: a picture that is padded to a square is as large as that square."""
+    pixels = max(h, w) ** 2 if getattr(model, "square", False) else h * w
+    return 512 if pixels > 2 ** 20 else 0
+
+
+def check_tile(model, tile, overlap=None):
+    """(tile, overlap) as they will be used: tile rounded up to the model's multiple, overlap, if
+    None, the model's own. Raises ValueError for a tile no larger than the overlap, no pixel of
+    which would be its own, and for an overlap that is all spoilt by its tiles' borders."""
+    multiple, context = getattr(model, "multiple", 1), getattr(model, "context", 16)
+    overlap = getattr(model, "overlap", 64) if overlap is None else overlap
+    if overlap <= 2 * context:
+        raise ValueError(f"overlap {overlap} is too small for this model: at least "
+                         f"{2 * context + 1}")
+    least = overlap // multiple * multiple + 1
+    if tile < least:
+        raise ValueError(f"tile {tile} is too small for this model, whose tiles share {overlap} "
+                         f"pixels: at least {least}; 0: whole")
+    return math.ceil(tile / multiple) * multiple, overlap
+
 
 def restore_tiled(model, run, x, tile, overlap, report):
     """Runs (N,3,H,W) in tiles, whose overlaps fade into each other; run: what to call with each.
     A pixel's weight in a tile is that of its row times that of its column."""
-    multiple, context = getattr(model, "multiple", 1), getattr(model, "context", 16)
-    overlap = getattr(model, "overlap", 64) if overlap is None else overlap
-    tile = math.ceil(tile / multiple) * multiple
-    if not 2 * context < overlap < tile:
-        raise ValueError(f"tile must be more than overlap, and overlap more than {2 * context}: "
-                         f"not {tile} and {overlap}")
     y, done = torch.zeros_like(x), 0
+    context = getattr(model, "context", 16)
     above_each_other = tile_weights(x.shape[2], tile, overlap, context, x)
     side_by_side = tile_weights(x.shape[3], tile, overlap, context, x)
     for rows, down in above_each_other:
@@ -1056,103 +1207,210 @@ def tile_weights(size, tile, overlap, context, like):
     """
     last = max(size - tile, 0)                     # the last tile ends at the image's edge
     starts = [*range(0, last, tile - overlap), last]
-    ramp = overlap - 2 * context + 1
-    at = torch.arange(size) - torch.tensor(starts)[:, None]                     # (tiles, size)
+    full = overlap - 2 * context + 1               # the ramp climbs by 1 a pixel
+    pixel = torch.arange(size, device=like.device) # within each tile, counted from its start:
+    at = torch.stack([pixel - start for start in starts])                       # (tiles,size)
     rise, fall = at - context + 1, tile - context - at
-    rise[0] = fall[-1] = ramp                      # an edge of the image keeps full weight
-    weights = rise.minimum(fall).clamp(0, ramp)
+    rise[0] = full                                 # the first tile has no neighbour before it,
+    fall[-1] = full                                # the last none after it
+    weights = rise.minimum(fall).clamp(0, full)
     weights = (weights / weights.sum(0)).to(like)
     spans = [slice(start, start + tile) for start in starts]
     return [(span, weight[span]) for span, weight in zip(spans, weights)]
 
 
-def read_prompt_of_any_size(model, x, task):
-    """model.read_prompt, also where a photo as its own prompt is too large or too small for it."""
-    if model.prompt != "ap":                                   # None, or images of 128 x 128
-        return model.read_prompt(x, task)
-    x = reflect_pad(x, 0, max(5 - x.shape[3], 0), 0, max(5 - x.shape[2], 0))    # F_ext needs 5 x 5
-    return model.path.scales_and_shifts([mean_by_strips(f_ext, x) for f_ext in model.path.extract])
-
-
-def mean_by_strips(extract, p, rows=64):
-    """Extractor.forward, with few more than some rows of its last map in memory at a time: the
-    first map of a whole photo of 24 megapixels would take 1.5 GB.
-
-    Row r of the last map sees rows 8 r - 7 .. 8 r + 11 of p. A strip is given one row of the map
-    more at its top, where its own border spoils it, and two more at its bottom; these are cut away.
-    """
-    size = extract.features(p[..., :5]).shape[2]   # the map's height: a narrow strip shows it
-    total = 0
-    for first in range(0, size, rows):
-        top = max(first - 1, 0)                    # there is no row above the first
-        strip = p[:, :, 8 * top:8 * (first + rows + 2)]
-        f = extract.features(strip)[:, :, first - top:first - top + rows]       # (N,64,rows,~W/8)
-        total = total + f.mean(3).sum(2)                                        # (N,64)
-    return total / size
-
-
 # ---- Files: ours, and those published with the paper ---------------------------------------------
+
+def read_checkpoint(path):
+    """What a file holds, as a dict: a checkpoint of train.py, in which every field is as it should
+    be; or anything else that torch.save wrote of a dict, for `load_model` to look into.
+
+    path: a file; or the folder of a run, which stands for its last.pt. Read with weights_only=True,
+    so that a file can hold numbers but can't run code.
+    Raises ValueError with one line that names the file and what is wrong with it.
+    """
+    path = Path(path, "last.pt") if Path(path).is_dir() else path
+    with blamed_on(path, "not a checkpoint (torn, not written by torch.save, or holding more than "
+                         "plain weights)"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    with blamed_on(path):
+        if not isinstance(saved, dict):
+            raise ValueError(f"not a checkpoint: it holds a {type(saved).__name__}")
+        if "mioir" in saved:
+            check_fields(saved)
+    return saved
+
 
 def load_model(path, weights="raw", device="cpu", prompts=None):
     """A model from a file: one of ours, or one published with the paper. Returns (model, info).
 
-    path: a file; or the folder of a run, which stands for its last.pt. weights: "raw" (what the
-    paper evaluates) or "ema". prompts: (7,128,128), for published "ep".
+    path: as `read_checkpoint` takes it. weights: "raw" (what the paper evaluates) or "ema".
+    prompts: (7,128,128), for published "ep".
     info: {"arch", "prompt", "sizes", "published", ...}; ours adds what train.py stored beside it.
     A bare state_dict, of our names or the published ones, is taken to be of the paper's size; it
     may lie in {"params"}, {"state_dict"} or {"model"}, its names after module., net., _orig_mod.
-    Read with weights_only=True, so that a file can hold numbers but can't run code.
     Raises ValueError with one line that names the file and what is wrong with it.
     """
-    if Path(path).is_dir():                        # of a run
-        path = Path(path) / "last.pt"
+    saved = read_checkpoint(path)
+    with blamed_on(path):
+        if "mioir" in saved:
+            info = {key: saved[key] for key in saved if key not in ("raw", "ema", "optimizer")}
+            info["published"], state = False, saved[weights]
+        else:
+            state = _unwrap(saved, weights)
+            check_weights(state)
+            info = recognise(state)
+        needs_prompts = info["published"] and info["prompt"] == "ep"
+        if needs_prompts != (prompts is not None):
+            raise ValueError("a published 'ep' model, and no other, needs the prompt images it was "
+                             "trained with, which its file lacks: --prompts type7.npy")
+        with torch.device(device):
+            model = model_for(info, state)
+        if info["published"]:
+            load_official(model, state, prompts)
+        else:
+            _fill(model.state_dict(), state)
+        return model.eval(), info
+
+
+@contextlib.contextmanager
+def blamed_on(path, reason=None):
+    """Around work on a file: whatever goes wrong becomes a ValueError of one line that names it.
+    (What a hostile file makes torch and Python raise can't be listed.) reason: said in place of
+    the error's own words, but for those of the operating system, "No such file or directory"."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:                       # No such file or directory, Permission denied
+        yield
+    except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
-    except Exception:              # torch raises a dozen kinds for torn, foreign and hostile files
-        raise ValueError(f"{path}: not a checkpoint (torn, not written by torch.save, or holding "
-                         "more than plain weights)") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(saved).__name__}")
-    try:
-        model, info = _load(saved, weights, prompts)
-    except KeyError as error:                      # of ours, but not whole
-        raise ValueError(f"{path}: key {error} is missing") from None
-    except (ValueError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), info
+    except KeyError as error:
+        raise ValueError(f"{path}: {reason or f'key {error} is missing'}") from None
+    except Exception as error:
+        words = str(error).strip() or type(error).__name__
+        raise ValueError(f"{path}: {reason or words.splitlines()[0]}") from None
 
 
-def _load(saved, weights, prompts):
-    """(model, info) of a checkpoint of train.py, which says what it holds, or of weights alone."""
-    if "mioir" in saved:
-        info = {key: saved[key] for key in saved if key not in ("raw", "ema", "optimizer")}
-        info["published"] = False
-    else:
-        saved = {weights: _unwrap(saved, weights)}
-        info = identify(saved[weights])
-    needs_prompts = info["published"] and info["prompt"] == "ep"
-    prompts_given = prompts is not None
-    if needs_prompts != prompts_given:
-        raise ValueError("a published 'ep' model, and no other, needs the prompt images it was "
-                         "trained with, which its file lacks: --prompts type7.npy")
+def model_for(info, state):
+    """The model that info, {"arch", "prompt", "sizes"}, describes, with fresh weights, and with as
+    many prompt images as there are in state: one for each task known when it was trained."""
     if info["arch"] == "classifier":
-        info["sizes"].pop("high_pass", None)       # in old files; it only said how training began
-        model = TaskClassifier(**info["sizes"])
-    else:
-        model = build_model(info["arch"], info["prompt"], **info["sizes"])
-    state = saved[weights]
-    if info["published"]:
-        return load_official(model, state, prompts), info
-    if "prompts" in state:                         # as many as there were tasks when it was trained
-        if len(state["prompts"]) > len(TASKS):
-            raise ValueError(f"was trained on {len(state['prompts'])} tasks, and this program "
-                             f"knows {len(TASKS)}; run it by the script that added the task")
-        model.prompts = torch.empty_like(state["prompts"], dtype=torch.float32)
-    _fill(model.state_dict(), state)
-    return model, info
+        return build_classifier(**info["sizes"])
+    model = build_model(info["arch"], info["prompt"], **info["sizes"])
+    if info["prompt"] == "ep" and not info.get("published"):
+        count = len(state["prompts"])
+        if count > len(TASKS):
+            raise ValueError(f"was trained on {count} tasks, and this program knows {len(TASKS)}; "
+                             "run it by the script that added the task")
+        model.prompts = model.prompts.new_empty(count, 128, 128)
+    return model
 
+
+# ---- What a file may hold: its writer is not known, and may mean harm ----------------------------
+
+# {field: its kind}: a type; a tuple of kinds, one of which it is; [kind], a list of such; {kind:
+# kind}, a dict. Only the optimiser's state may be missing: a file to restore with is smaller.
+_NUMBER = (int, float, bool)
+_FIELDS = {"arch": str, "prompt": (str, type(None)), "sizes": {str: (*_NUMBER, [_NUMBER])},
+           "facts": dict, "stage": int, "iteration": int, "optimizer": dict, "raw": dict,
+           "ema": dict, "table": [[(str, {str: (*_NUMBER, type(None))})]]}
+_FACTS = {"order": [[str]], "periods": [[int]]}    # each stage's tasks, and periods
+
+
+def is_of_kind(value, kind):
+    """Whether a value from a file is of a kind, as _FIELDS writes it."""
+    if isinstance(kind, list):
+        return isinstance(value, (list, tuple)) and all(is_of_kind(v, kind[0]) for v in value)
+    if isinstance(kind, dict):
+        (key, inside), = kind.items()
+        return isinstance(value, dict) and all(
+            is_of_kind(k, key) and is_of_kind(v, inside) for k, v in value.items())
+    if isinstance(kind, tuple):
+        return any(is_of_kind(value, one) for one in kind)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_fields(saved):
+    """Raises ValueError where a checkpoint of train.py is not what `Run.save` writes, KeyError for
+    what it lacks. What is in the optimiser's state, Adam itself will see."""
+    for part, kinds in ((saved, _FIELDS), (saved["facts"], _FACTS)):
+        for name, kind in kinds.items():
+            value = part.get(name, {}) if name == "optimizer" else part[name]
+            if not is_of_kind(value, kind):
+                raise ValueError(f"{name} is not such as train.py writes")
+    if any([type(cell) for cell in row] != [str, dict] for row in saved["table"]):
+        raise ValueError("table is not such as train.py writes: rows of a name and numbers")
+    stage, stages, iteration = saved["stage"], len(saved["facts"]["periods"]), saved["iteration"]
+    if not 0 <= stage <= stages or iteration < 0:
+        raise ValueError(f"stage {stage} of {stages}, iteration {iteration}: there is none such")
+    for weights in ("raw", "ema"):
+        check_weights(saved[weights])
+        check_sizes(saved, saved[weights])
+
+
+def check_weights(state):
+    """Raises ValueError unless state is {name: tensor of finite floats}, each with numbers of its
+    own: by strides of 0 a file of a kilobyte could hold a tensor of terabytes."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    stored = {}                                    # {where in memory: bytes there}
+    for name, value in state.items():
+        if not (torch.is_tensor(value) and value.dtype in floats and value.numel()
+                and value.layout == torch.strided and value.device.type == "cpu"):
+            raise ValueError(f"{str(name)[:80]} is not a tensor of floats")
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+    if sum(value.nbytes for value in state.values()) > sum(stored.values()):
+        raise ValueError("its weights are larger than what is stored of them")
+    for name, value in state.items():
+        if not value.float().isfinite().all():     # .float(): as a model will hold it
+            raise ValueError(f"{str(name)[:80]} holds numbers that are not finite")
+
+
+def check_sizes(info, state):
+    """Raises ValueError unless a model of info's arch, prompt and sizes has exactly the tensors of
+    state. Nothing of the stated size is made for that.
+
+    First each size is compared with what is there: how many blocks, with the number of tensors; how
+    wide, with the longest of their sides. Then the model is built on torch's meta device, where
+    tensors have a shape but no numbers.
+    """
+    widest = max((max(value.shape, default=1) for value in state.values()), default=0)
+    for name, value in info["sizes"].items():
+        numbers = value if isinstance(value, (tuple, list)) else [value]
+        many = name in ("blocks", "depths", "refinement")
+        asked = sum(numbers) + len(numbers) if many else max(numbers, default=0)
+        if not all(number >= 0 for number in numbers) or asked > (len(state) if many else widest):
+            raise ValueError(f"size {name} does not fit its weights")
+    with torch.device("meta"):
+        model = model_for(info, state)
+    refuse_misfits(model.state_dict(), state)
+    # Tables that are not stored, such as a window's index, must be small beside the weights.
+    stored = sum(value.numel() for value in state.values())
+    if sum(table.numel() for table in model.buffers()) > 10 ** 7 + 10 * stored:
+        raise ValueError("its sizes need tables far larger than its weights")
+
+
+def refuse_misfits(slots, state):
+    """Raises ValueError that names what is missing in state, unexpected or of another shape; slots,
+    {name: tensor}, is what should be there."""
+    faults = [f"unexpected {name}" for name in state if name not in slots]
+    for name, slot in slots.items():
+        if name not in state:
+            faults.append(f"missing {name}")
+        elif state[name].shape != slot.shape:
+            found, due = tuple(state[name].shape), tuple(slot.shape)
+            faults.append(f"mis-shaped {name}: {found}, not {due}")
+    if faults:                                     # a wrong model has hundreds: nine are shown
+        raise ValueError(f"{len(faults)} weights do not fit the model: {'; '.join(faults[:9])}")
+
+
+@torch.no_grad()
+def _fill(slots, state):
+    """Copies state into slots, both {name: tensor}, once every name and shape has been checked."""
+    refuse_misfits(slots, state)
+    for name, slot in slots.items():
+        slot.copy_(state[name])
+
+
+# ---- Published weights ---------------------------------------------------------------------------
 
 def _unwrap(saved, weights):
     """Out of wrappers, prefixes, and buffers that the sizes imply.
@@ -1164,9 +1422,11 @@ def _unwrap(saved, weights):
         raise ValueError("holds no moving average of the weights (EMA): leave --weights ema out")
     for name in ("params_ema" if weights == "ema" else "params", "state_dict", "model"):
         saved = saved.get(name, saved)             # where there is no such wrapper, as it is
+        if not isinstance(saved, dict):
+            raise ValueError(f"{name} holds no weights")
     prefix = re.compile(r"^((module|net|_orig_mod)\.)+")
-    return {prefix.sub("", key): value for key, value in saved.items()
-            if not key.endswith(("relative_position_index", "attn_mask"))}
+    return {prefix.sub("", str(key)): value for key, value in saved.items()
+            if not str(key).endswith(("relative_position_index", "attn_mask"))}
 
 
 # A parameter that tells a network, by its name in ours and in the published one. PromptIR has
@@ -1181,7 +1441,7 @@ _MARKS = {
     "classifier": ("features.0.weight", "CondNet.0.weight")}
 
 
-def identify(state):
+def recognise(state):
     """{"arch", "prompt", "sizes", "published"} of weights, told by their keys and shapes: what
     train.py would have stored beside them. ValueError if they are neither ours nor published.
 
@@ -1194,8 +1454,9 @@ def identify(state):
             for value in state.values():
                 if value.shape[2:] == (7, 7):      # F_ext alone has such kernels, (64,1 or 3,7,7)
                     prompt = "ep" if value.shape[1] == 1 else "ap"              # grey, or x
-            sizes = {"none": True} if len(state.get("head.bias", ())) == len(ANSWERS) else {}
-            return {"arch": arch, "prompt": prompt, "sizes": sizes, "published": ours not in state}
+            none = "head.bias" in state and state["head.bias"].numel() == len(ANSWERS)
+            return {"arch": arch, "prompt": prompt, "sizes": {"none": True} if none else {},
+                    "published": ours not in state}
     first = ", ".join(map(str, list(state)[:3])) or "nothing"
     raise ValueError(f"none of the published models: its keys begin with {first}")
 
@@ -1212,103 +1473,90 @@ def load_official(model, state_dict, prompts=None):
     slots = by_published_names(arch, model, model.state_dict())                 # where to copy to
     if prompts is None:
         slots.pop("prompts", None)                 # the model keeps those that it has
-    else:
-        state["prompts"] = torch.as_tensor(prompts)            # they keep their name
+    else:                                          # they keep their name
+        kind = str(getattr(prompts, "dtype", type(prompts).__name__))
+        if "float" not in kind:
+            raise ValueError(f"prompts take an array of floats, not of {kind}")
+        state["prompts"] = torch.as_tensor(prompts, device="cpu")
+    check_weights(state)
     _fill(slots, state)
     return model
 
 
-def _fill(slots, state):
-    """Copies state into slots, both {name: tensor}, once every name and shape has been checked."""
-    faults = [f"unexpected {name}" for name in state if name not in slots]
-    for name, slot in slots.items():
-        if name not in state:
-            faults.append(f"missing {name}")
-        elif state[name].shape != slot.shape:
-            found, due = tuple(state[name].shape), tuple(slot.shape)
-            faults.append(f"mis-shaped {name}: {found}, not {due}")
-    if faults:                                     # a wrong model has hundreds: nine are shown
-        raise ValueError(f"{len(faults)} weights do not fit the model: {'; '.join(faults[:9])}")
-    for name, slot in slots.items():
-        slot.copy_(state[name])
-
-
-# ---- The published parameter names ---------------------------------------------------------------
-
-# {ours: theirs}: parts of a name, to be replaced from top to bottom. First come the sites, where
-# path.scale.latent.weight and path.shift.latent.weight are prompt_scale1.weight, prompt_shift1. The
-# dot before a site tells it from a module at the top: .output. is in path.scale.output.weight, and
-# output.weight has none.
+# What a part of our names is called in the published ones. {n} is a number from 0 up, {n1} and {n2}
+# are the next two: our lists count from 0, most of theirs from 1. {k} is "scale" or "shift".
 _NAMES = {
-    "srresnet": {".block": ".", ".last.": ".out.", "path.extract.0.": "F_ext_net.",
-                 "blocks.": "block."},
+    "srresnet without prompt": {"blocks": "body"},
+    "srresnet": {                                  # each block is a list of its own
+        "blocks.{n}": "body{n1}.0", "path.extract.0": "F_ext_net",
+        "path.{k}.block{n1}": "prompt_{k}{n1}", "path.{k}.hr": "prompt_{k}hr",
+        "path.{k}.last": "prompt_{k}out"},
     "swinir": {
-        ".after_body.": "._after_body.", ".before_upsample.": "._before_upsample.",
-        ".last.": "._last.", "path.extract.0.": "F_ext_net.", "groups.": "layers.",
-        "norm_first.": "patch_embed.norm.", "norm_last.": "norm.", ".stage.": ".residual_group.",
-        "conv_before_upsample.": "conv_before_upsample.0.", ".mlp.0.": ".mlp.fc1.",
-        ".mlp.2.": ".mlp.fc2.", ".project.": ".proj.",
-        "bias_table": "relative_position_bias_table"},
-    "restormer": {                                                              # and PromptIR
-        ".latent.": ".1.", ".decoder3.": ".2.", ".decoder2.": ".3.", ".decoder1.": ".4.",
-        ".refinement.": ".5.", ".output.": ".out.", "embed.": "patch_embed.proj.",
-        ".norm1.": ".norm1.body.", ".norm2.": ".norm2.body.", ".attn.dwconv.": ".attn.qkv_dwconv.",
-        ".project.": ".project_out.", ".components": ".prompt_param", ".linear.": ".linear_layer.",
-        ".conv.": ".conv3x3."},
+        "path.extract.0": "F_ext_net", "path.{k}.group{n1}": "layers.{n}.prompt_{k}",
+        "path.{k}.after_body": "prompt_{k}_after_body",
+        "path.{k}.before_upsample": "prompt_{k}_before_upsample",
+        "path.{k}.last": "prompt_{k}_last",
+        "norm_first": "patch_embed.norm", "groups": "layers", "stage": "residual_group",
+        "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "project": "proj",
+        "bias_table": "relative_position_bias_table",
+        "norm_last": "norm", "conv_before_upsample": "conv_before_upsample.0"},
+    "restormer": {
+        "path.extract.{n}": "F_ext_net{n1}",
+        "path.{k}.latent": "prompt_{k}1", "path.{k}.decoder3": "prompt_{k}2",
+        "path.{k}.decoder2": "prompt_{k}3", "path.{k}.decoder1": "prompt_{k}4",
+        "path.{k}.refinement": "prompt_{k}5", "path.{k}.output": "prompt_{k}out",
+        "embed": "patch_embed.proj", "encoder.{n}": "encoder_level{n1}",
+        "down.{n}": "down{n1}_{n2}.body", "up.{n}": "up{n2}_{n1}.body",
+        "reduce.{n}": "reduce_chan_level{n1}", "decoder.{n}": "decoder_level{n1}",
+        "norm1": "norm1.body", "norm2": "norm2.body",
+        "attn.dwconv": "attn.qkv_dwconv", "attn.project": "attn.project_out"},
+    "promptir": {                                  # and all of Restormer's
+        "interact.{n}.generate": "prompt{n1}", "interact.{n}.block": "noise_level{n1}",
+        "interact.{n}.reduce": "reduce_noise_level{n1}",
+        "components": "prompt_param", "linear": "linear_layer", "conv": "conv3x3"},
     "uformer": {                                   # "dowsample": so it is published
-        ".bottleneck.": ".0.", ".decoder0.": ".1.", ".decoder1.": ".2.", ".decoder2.": ".3.",
-        ".decoder3.": ".4.", ".output.": ".5.",
-        "input.": "input_proj.proj.0.", "output.": "output_proj.proj.0.", "bottleneck.": "conv.",
-        "encoder.": "encoderlayer_", "decoder.": "decoderlayer_", ".modulator": ".modulator.weight",
-        "down.0.": "dowsample_0.conv.0.", "up.0.": "upsample_0.deconv.0.",
-        "down.1.": "dowsample_1.conv.0.", "up.1.": "upsample_1.deconv.0.",
-        "down.2.": "dowsample_2.conv.0.", "up.2.": "upsample_2.deconv.0.",
-        "down.3.": "dowsample_3.conv.0.", "up.3.": "upsample_3.deconv.0.",
-        ".linear1.": ".linear1.0.", ".linear2.": ".linear2.0.", ".dwconv.": ".dwconv.0.",
-        ".project.": ".proj.", "bias_table": "relative_position_bias_table"},
-    "classifier": {"features.": "CondNet.", "head.": "lastOut."},
+        "path.extract.{n}": "F_ext_net{n1}", "path.{k}.bottleneck": "prompt_{k}0",
+        "path.{k}.decoder{n}": "prompt_{k}{n1}", "path.{k}.output": "prompt_{k}5",
+        "input": "input_proj.proj.0", "encoder.{n}": "encoderlayer_{n}",
+        "down.{n}": "dowsample_{n}.conv.0", "bottleneck": "conv",
+        "up.{n}": "upsample_{n}.deconv.0", "decoder.{n}": "decoderlayer_{n}",
+        "output": "output_proj.proj.0", "modulator": "modulator.weight",
+        "linear1": "linear1.0", "linear2": "linear2.0", "dwconv": "dwconv.0", "project": "proj",
+        "bias_table": "relative_position_bias_table"},
+    "classifier": {"features": "CondNet", "head": "lastOut"},
 }
 
 
-def _numbered(n):
-    """The same for the n-th of several, in all networks: ours count from 0, most of theirs from 1.
-    (SRResNet's blocks are so called where it has a prompt: each then has a list of its own.)"""
-    return {
-        f"block.{n}.": f"body{n + 1}.0.", f"path.extract.{n}.": f"F_ext_net{n + 1}.",
-        f"path.scale.group{n + 1}.": f"layers.{n}.prompt_scale.",               # SwinIR
-        f"path.shift.group{n + 1}.": f"layers.{n}.prompt_shift.",
-        f"encoder.{n}.": f"encoder_level{n + 1}.", f"decoder.{n}.": f"decoder_level{n + 1}.",
-        f"down.{n}.": f"down{n + 1}_{n + 2}.body.", f"up.{n}.": f"up{n + 2}_{n + 1}.body.",
-        f"reduce.{n}.": f"reduce_chan_level{n + 1}.",
-        f"interact.{n}.generate.": f"prompt{n + 1}.",                           # PromptIR
-        f"interact.{n}.block.": f"noise_level{n + 1}.",
-        f"interact.{n}.reduce.": f"reduce_noise_level{n + 1}."}
-
-
-def published_names(arch, model, name):
-    """Our parameter name -> the published names it is made of: one, or two to join along axis 0."""
-    if arch == "srresnet" and model.prompt is None:
-        return [name.replace("blocks.", "body.")]
-    pairs = [*_NAMES["restormer" if arch == "promptir" else arch].items()]
+def _published_parts(arch, model):
+    """_NAMES for a model, written out: {"encoder.0": "encoder_level1", ...}. 16 of each kind, as
+    many as SRResNet has blocks."""
+    plain = arch == "srresnet" and model.prompt is None
+    table = _NAMES["srresnet without prompt" if plain else arch]
+    if arch == "promptir":
+        table = _NAMES["restormer"] | table
+    parts = {}
     for n in range(16):
-        pairs += _numbered(n).items()
-    for ours, theirs in pairs:
-        name = name.replace(ours, theirs)
-    name = name.replace("path.scale.", "prompt_scale").replace("path.shift.", "prompt_shift")
-    if arch == "uformer" and ".qkv." in name:
-        return [name.replace(".qkv.", ".qkv.to_q."), name.replace(".qkv.", ".qkv.to_kv.")]
-    return [name]
+        for k in ("scale", "shift"):
+            values = dict(n=n, n1=n + 1, n2=n + 2, k=k)
+            for ours, theirs in table.items():
+                parts[ours.format(**values)] = theirs.format(**values)
+    return parts
 
 
 def by_published_names(arch, model, tensors):
     """{our name: tensor} -> {published name: tensor}: the same tensors, or views of them, so that
     what is copied into the result is in ours. Prompt images keep their name."""
+    parts = _published_parts(arch, model)
+    # One pass over a name, the longest part first: what has been replaced is not looked at again.
+    longest_first = "|".join(map(re.escape, sorted(parts, key=len, reverse=True)))
+    part = re.compile(rf"(?<![^.])({longest_first})(?![^.])")          # between two dots, or ends
     renamed = {}
     for name, value in tensors.items():
-        names = published_names(arch, model, name)
-        if len(names) == 1:
-            renamed[names[0]] = value
-        else:                                      # our qkv is their to_q, then their to_kv
+        name = part.sub(lambda found: parts[found[0]], name)
+        if arch == "uformer" and ".qkv." in name:  # our qkv is their to_q, then their to_kv
             third = len(value) // 3
-            renamed[names[0]], renamed[names[1]] = value[:third], value[third:]
+            renamed[name.replace(".qkv.", ".qkv.to_q.")] = value[:third]
+            renamed[name.replace(".qkv.", ".qkv.to_kv.")] = value[third:]
+        else:
+            renamed[name] = value
     return renamed

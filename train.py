@@ -59,7 +59,7 @@ from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   read_prompts, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
-                   TaskClassifier, WindowBlock, build_model, load_model, reflect_pad)
+                   WindowBlock, build_classifier, build_model, load_model, reflect_pad)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
@@ -879,7 +879,7 @@ def new_model(args):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.arch == "classifier":
-            return TaskClassifier(**args.recipe["sizes"])
+            return build_classifier(**args.recipe["sizes"])
         model = build_model(args.arch, args.prompt, **args.recipe["sizes"])
     if args.prompt == "ep" and "prompts" in args.recipe:
         model.prompts.copy_(args.recipe["prompts"]())
@@ -1062,7 +1062,7 @@ def validate(run, pairs, machine, log):
         log.say("validation:", end="")
         for task, examples in pairs.items():
             if run.args.arch == "classifier":
-                scores.update(confusion(run.model, {task: examples}, machine.device)[0])
+                scores.update(confusion(run.model, {task: examples})[0])
             else:
                 scores.update(mean_psnr(run.model, {task: examples}, machine.device))
             log.say(f" {task} {scores[task]:.2f}", end="")
@@ -1179,7 +1179,13 @@ def show_table(run, log):
                for task in stage.tasks}
     title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
     matrix_picture(run.out / "table.png", title, columns, rows, trained)
-    curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl")
+    begins, rates, done = {}, [], 0
+    for k, stage in enumerate(run.stages, 1):
+        begins[f"stage {k}"] = done
+        rates += [(done + t, lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"]))
+                  for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1))]
+        done += stage.iterations
+    curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl", rates, begins)
     log.say(text)
 
 
@@ -1215,7 +1221,7 @@ def finish(run, pairs, log, machine):
     """The last words: a classifier's confusion matrix or the strips, and what the run took: time,
     the GPU's memory at its peak, and images a second of training (validations not counted)."""
     if run.args.arch == "classifier":
-        log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
+        log.say(f"\n{confusion_text(*confusion(run.model, pairs))}")
     else:
         task_strips(run.out / "strips.png", run.model, pairs, machine.device)
     script = "eval.py" if len(TASKS) == 7 else sys.argv[0]         # a task more: who added it

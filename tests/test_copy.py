@@ -1,7 +1,4 @@
-"""README's "What to copy": each symbol, lifted with what it needs into an empty file, runs with torch alone.
-
-    python tests/test_copy.py        # prints the README's table
-"""
+"""README's "What to copy": each symbol, lifted with what README says that it needs into an empty file, runs with torch alone."""
 import ast
 import os
 import re
@@ -15,107 +12,72 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("mioir.py", "degrade.py", "eval.py", "train.py")                # what each may need stands before it
-HEADER = ("import functools, hashlib, math, re\nfrom pathlib import Path\nimport numpy as np\nimport torch\nfrom torch import nn\n"
-          "from torch.nn import functional as F\n")
-BACKBONE = ["TASKS", "Extractor", "PromptPath", "modulate", "Backbone"]
-WINDOW = ["to_windows", "from_windows", "relative_position_index", "shift_mask", "WindowAttention", "DropPath", "WindowBlock",
-          "WindowStage", "init_linears"]
-RESTORMER = ["ChannelAttention", "GatedFeedForward", "RestormerBlock"]
-# symbol: (file, what else it needs, lines that must run)
+README = (ROOT / "README.md").read_text()
+SECTION = re.search(r"## What to copy\n(.*?)\n## ", README, re.DOTALL)[1]
+HEADER = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]         # the imports that all share
+ROWS = {symbol: (file, needs) for symbol, file, needs in re.findall(r"^\| `(\w+)` \| (\w+\.py) \| (.*) \|$", SECTION, re.MULTILINE)}
+GROUPS = {group: re.findall(r"`(\w+)`", names) for group, names in re.findall(r"(\*\w+\*): ([^;.]*)[;.]", SECTION)}
+# {symbol: lines that must run}
 COPY = {
-    "PromptPath": ("mioir.py", ["Extractor", "modulate"],
-                   "prompt = PromptPath(1, {'a': (0, 8)}, 64)(torch.rand(2, 1, 64, 64))\n"
+    "PromptPath": ("prompt = PromptPath(1, {'a': (0, 8)}, 64)(torch.rand(2, 1, 64, 64))\n"
                    "assert modulate(torch.rand(2, 8, 4, 4), prompt, 'a').shape == (2, 8, 4, 4)"),
-    "SRResNet": ("mioir.py", [*BACKBONE, "ResidualBlock"],
-                 "assert SRResNet('ep', 8, 2)(torch.rand(1, 3, 9, 9), torch.tensor([3])).shape == (1, 3, 9, 9)"),
-    "Restormer": ("mioir.py", [*BACKBONE, *RESTORMER],
-                  "assert Restormer('ep', 8, (1, 1, 1, 1), 1, (1, 1, 2, 2))(torch.rand(1, 3, 16, 24), torch.tensor([0])).shape == (1, 3, 16, 24)"),
-    "PromptIR": ("mioir.py", [*BACKBONE, *RESTORMER, "Restormer", "PromptGenerator", "PromptInteraction"],
-                 "assert PromptIR(None, 8, (1, 1, 1, 1), 1, (1, 1, 2, 2), prompt_dims=(8, 8, 8))(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)"),
-    "SwinIR": ("mioir.py", [*BACKBONE, *WINDOW, "Mlp", "SwinGroup"],
-               "assert SwinIR('ap', 12, (2,), 2)(torch.rand(1, 3, 16, 24)).shape == (1, 3, 16, 24)"),
-    "Uformer": ("mioir.py", [*BACKBONE, *WINDOW, "LeFF"],
-                "assert Uformer(None, 8, (1,) * 9)(torch.rand(1, 3, 128, 256)).shape == (1, 3, 128, 256)"),
-    "TaskClassifier": ("mioir.py", ["TASKS"], "assert TaskClassifier(8)(torch.rand(2, 3, 32, 32)).shape == (2, 7)"),
-    "restore": ("mioir.py", ["TASKS", "parse_task", "to_batch", "restore_batch", "reflect_pad", "pad_for", "restore_tiled", "tile_weights",
-                           "read_prompt_of_any_size", "mean_by_strips"],
-                "class Same(nn.Module):\n    multiple, overlap, context = 8, 40, 16\n"
+    "SRResNet": ("assert SRResNet('ep', 8, 2)(torch.rand(1, 3, 9, 9), torch.tensor([3])).shape == (1, 3, 9, 9)"),
+    "Restormer": ("assert Restormer('ep', 8, (1, 1, 1, 1), 1, (1, 1, 2, 2))(torch.rand(1, 3, 16, 24), torch.tensor([0])).shape == (1, 3, 16, 24)"),
+    "PromptIR": ("assert PromptIR(None, 8, (1, 1, 1, 1), 1, (1, 1, 2, 2), prompt_dims=(8, 8, 8))(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)"),
+    "SwinIR": ("assert SwinIR('ap', 12, (2,), 2)(torch.rand(1, 3, 16, 24)).shape == (1, 3, 16, 24)"),
+    "Uformer": ("assert Uformer(None, 8, (1,) * 9)(torch.rand(1, 3, 128, 256)).shape == (1, 3, 128, 256)"),
+    "TaskClassifier": ("assert TaskClassifier(8)(torch.rand(2, 3, 32, 32)).shape == (2, 7)"),
+    "restore": ("class Same(nn.Module):\n    multiple, overlap, context = 8, 40, 16\n"
                 "    def forward(self, x, task):\n        return x\n"
                 "x = torch.rand(1, 3, 70, 90); assert torch.allclose(restore(Same(), x, tile=64), x, atol=1e-6)\n"
                 "class Prompted(Same):\n    prompt = 'ep'\n    def read_prompt(self, x, task):\n        return task\n"
                 "    def forward(self, x, prompt):\n        return x\n"
                 "assert restore(Prompted(), x, 'noise', tile=64).shape == x.shape"),
-    "gaussian_blur": ("degrade.py", ["quantize", "per_image", "gaussian_taps", "reflect_pad"],
-                      "assert gaussian_blur(torch.rand(2, 3, 30, 30), 9, torch.tensor([1.0, 2.0])).shape == (2, 3, 30, 30)"),
-    "jpeg": ("degrade.py", ["quantize", "per_image", "_LUMA", "_CHROMA", "_jpeg_blocks"],
-             "assert jpeg(torch.rand(2, 3, 30, 30), 40).shape == (2, 3, 30, 30)"),
-    "rain_streaks": ("degrade.py", ["per_image", "reflect_pad", "gaussian_taps", "_turned_diagonal", "_blur_matrix", "streak_kernels",
-                                    "_sum_of_streaks", "_rain_layer"],
-                     "assert rain_streaks(torch.rand(2, 1, 64, 64) * 256, 90, 5, 30, 10).max() == 1"),
-    "add_haze": ("degrade.py", ["quantize", "per_image"],
-                 "assert add_haze(torch.rand(1, 3, 16, 16), torch.rand(1, 1, 4, 4), 0.9, 1.5).shape == (1, 3, 16, 16)"),
-    "dead_leaves": ("degrade.py", ["quantize", "per_image", "gaussian_taps", "reflect_pad", "gaussian_blur", "_PALETTE", "spectrum_noise",
-                                   "_falloff", "_outline", "_leaf_texture", "_paint_leaf"],
-                    "image, depth = dead_leaves(40, 50, torch.Generator().manual_seed(1))\n"
+    "gaussian_blur": ("assert gaussian_blur(torch.rand(2, 3, 30, 30), 9, torch.tensor([1.0, 2.0])).shape == (2, 3, 30, 30)"),
+    "jpeg": ("assert jpeg(torch.rand(2, 3, 30, 30), 40).shape == (2, 3, 30, 30)"),
+    "rain_streaks": ("assert rain_streaks(torch.rand(2, 1, 64, 64) * 256, 90, 5, 30, 10).max() == 1"),
+    "add_haze": ("assert add_haze(torch.rand(1, 3, 16, 16), torch.rand(1, 1, 4, 4), 0.9, 1.5).shape == (1, 3, 16, 16)"),
+    "dead_leaves": ("image, depth = dead_leaves(40, 50, torch.Generator().manual_seed(1))\n"
                     "assert image.shape == (1, 3, 40, 50) and depth.shape == (1, 1, 40, 50)"),
-    "psnr": ("eval.py", ["inside_border"], "a = np.zeros((20, 30, 3), np.uint8); assert round(psnr(a, a + 16), 2) == 24.05"),
-    "ssim": ("eval.py", ["gaussian_taps", "inside_border", "local_mean"], "a = np.zeros((20, 30, 3), np.uint8); assert ssim(a, a) == 1"),
-    "lr_at": ("train.py", [], "assert lr_at(1, (10, 10), 2e-4, 1e-7) == 2e-4 and lr_at(11, (10, 10), 2e-4, 1e-7) == 1e-7"),
+    "psnr": ("a = np.zeros((20, 30, 3), np.uint8); assert round(psnr(a, a + 16), 2) == 24.05"),
+    "ssim": ("a = np.zeros((20, 30, 3), np.uint8); assert ssim(a, a) == 1"),
+    "lr_at": ("assert lr_at(1, (10, 10), 2e-4, 1e-7) == 2e-4 and lr_at(11, (10, 10), 2e-4, 1e-7) == 1e-7"),
 }
 
 
 def definitions():
-    """{symbol: (file, first line, last line, source)} of everything at the top level of the modules."""
+    """{(file, symbol): (its place, source)} of everything at the top level of the modules."""
     found = {}
-    for name in ("train.py", "eval.py", "degrade.py", "mioir.py"):
+    for name in ORDER:
         source = (ROOT / name).read_text()
         lines = source.splitlines()
         for node in ast.parse(source).body:
-            names = [node.name] if hasattr(node, "name") else [
-                t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+            names = [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             for symbol in names:
-                found[symbol] = (name, first, node.end_lineno, "\n".join(lines[first - 1:node.end_lineno]))
+                found[name, symbol] = ((ORDER.index(name), first), "\n".join(lines[first - 1:node.end_lineno]))
     return found
 
 
-GROUPS = {"*prompt*": BACKBONE, "*windows*": WINDOW, "*block*": RESTORMER}    # in README's table a name stands for each
-
-
-def listed(names):
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def table():
-    found = definitions()
-    rows = ["; ".join(f"{group}: {listed(names)}" for group, names in GROUPS.items()) + ".", "",
-            "| symbol | file, lines | needs besides torch |", "|---|---|---|"]
-    for symbol, (_, needs, _) in COPY.items():
-        name, first, last, _ = found[symbol]
-        text = listed(needs)
-        for group, names in GROUPS.items():
-            text = text.replace(listed(names), group)
-        rows.append(f"| `{symbol}` | {name} {first}-{last} | {text or 'nothing'} |")
-    return "\n".join(rows)
+def test_the_readmes_table_lists_what_is_lifted_here():
+    assert ROWS.keys() == COPY.keys()
 
 
 @pytest.mark.parametrize("symbol", COPY)
-def test_a_lifted_symbol_runs_with_torch_alone(symbol, tmp_path):
-    found = definitions()
-    wanted = sorted((found[name] for name in [*COPY[symbol][1], symbol]), key=lambda d: (ORDER.index(d[0]), d[1]))
-    (tmp_path / "lifted.py").write_text(HEADER + "\n\n".join(source for *_, source in wanted) + "\n\n" + COPY[symbol][2] + "\n")
-    code = (tmp_path / "lifted.py").read_text()
+def test_a_lifted_symbol_runs_with_what_the_readme_says_it_needs(symbol):
+    file, needs = ROWS[symbol]
+    for group, names in GROUPS.items():
+        needs = needs.replace(group, " ".join(f"`{name}`" for name in names))
+    found, wanted = definitions(), []
+    for name in [*re.findall(r"`(\w+)`", needs), symbol]:      # from its own file, or one that this may import from
+        wanted.append(next(found[other, name] for other in ORDER[ORDER.index(file)::-1] if (other, name) in found))
+    code = HEADER + "\n\n".join(source for _, source in sorted(wanted)) + "\n\n" + COPY[symbol]
     exec(compile(code, f"{symbol}, lifted", "exec"), {"__name__": "lifted"})
-
-
-def test_the_readmes_table_is_current():
-    current = table() in (ROOT / "README.md").read_text()      # outside: pytest takes ten minutes to explain an `in`
-    assert current, "python tests/test_copy.py prints the table"
 
 
 def test_the_readmes_network_of_ones_own_runs_and_is_restored():
     """PromptPath in a reader's own U-Net, as the README shows it; whole and in tiles, at any size."""
-    code = re.search(r"```python\n(import torch, torch.nn as nn.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(import torch, torch.nn as nn.*?)```", README, re.DOTALL)[1]
     space = {}
     exec(code, space)
     assert space["y"].shape == (1, 3, 201, 93)
@@ -125,7 +87,7 @@ def test_the_readmes_network_of_ones_own_runs_and_is_restored():
 
 def test_the_readmes_eighth_task_is_trained_and_evaluated(tmp_path):
     """Snow in a dozen lines of a script of one's own: prompt, order letter, ranges, table, curves."""
-    code = re.search(r"```python\n(import sys, torch, mioir.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(import sys, torch, mioir.*?)```", README, re.DOTALL)[1]
     (tmp_path / "snow.py").write_text(code)
     import mioir
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -157,6 +119,3 @@ def test_mioir_imports_torch_alone():
                for m in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])}
     assert {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) == {"torch"}
 
-
-if __name__ == "__main__":
-    print(table())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mioir
-from mioir import ARCHS, TASKS, TaskClassifier, build_model, identify, load_official, restore
+from mioir import ARCHS, TASKS, TaskClassifier, build_model, load_official, recognise, restore
 from reference import OUTPUTS, VARIANTS, published_input, published_prompts, published_state
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ def error(model, variant):
 def test_outputs_and_parameter_counts_equal_the_published_ones(variant):
     state = published_state(variant)
     arch, prompt = variant.split("-")
-    info = identify(state)
+    info = recognise(state)
     assert (info["arch"], info["prompt"], info["published"]) == (arch, None if prompt == "none" else prompt, True)
     model = published(variant, state)
     assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant]["params"]
@@ -226,14 +226,6 @@ def test_tiles_of_srresnet_equal_the_whole(prompt):
     assert (restore(model, x, task, tile=96) - restore(model, x, task)).abs().max() < 1e-6
 
 
-@torch.no_grad()
-def test_a_large_adaptive_prompt_read_in_strips_gives_the_same_features():
-    extract = mioir.Extractor(3, 64)
-    for h, w in ((95, 64), (300, 71), (5, 9), (41, 2)):
-        p = torch.rand(2, 3, h, max(w, 5))
-        assert torch.allclose(extract(p), mioir.mean_by_strips(extract, p, rows=4), atol=1e-6)
-
-
 @pytest.mark.parametrize("arch", ("swinir", "restormer", "uformer", "promptir"))
 def test_tiles_of_the_others_stay_close_and_keep_the_size(arch):
     model, x = small(arch), torch.rand(1, 3, 150, 290)
@@ -275,23 +267,6 @@ def test_import_builds_and_prints_nothing():
             "assert torch.equal(before, torch.random.get_rng_state())")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@pytest.mark.parametrize("shifted", (False, True))
-def test_attention_in_one_kernel_is_the_plain_formula(shifted, monkeypatch):
-    """CPUs take the formula, a few windows at a time, GPUs the kernel: forward and gradients agree."""
-    torch.manual_seed(5)
-    attention = mioir.WindowAttention(12, 3, 4).double()
-    t = torch.randn(2, 36, 16, 12, dtype=torch.float64, requires_grad=True)              # 36: two times 16, and 4
-    mask = mioir.shift_mask(24, 24, 4, 2, "cpu").double() if shifted else None
-    bias = attention.bias_table[attention.index].permute(2, 0, 1)
-    plain = attention(t, mask)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    fused = attention.attend(t, bias, mask)
-    assert torch.allclose(plain, fused, atol=1e-12)
-    towards, inputs = torch.randn_like(plain), (t, *attention.parameters())
-    for a, b in zip(*(torch.autograd.grad(out, inputs, towards, retain_graph=True) for out in (plain, fused))):
-        assert torch.allclose(a, b, atol=1e-12)
 
 
 # restore takes pictures; load_model takes what people have ----------------------------------------------
@@ -347,7 +322,7 @@ def test_restore_mixes_tasks_and_leaves_grey_pictures_grey():
     (np.zeros((3, 8, 8), np.uint8), "noise", "(H,W,3)"), (torch.rand(8, 8), "noise", "(N,3,H,W)"), ([1], "noise", "list"),
     (torch.rand(1, 3, 8, 8), 7, "0 to 6"), (torch.rand(1, 3, 8, 8), -1, "0 to 6"), (torch.rand(1, 3, 8, 8), True, "0 to 6"),
     (torch.rand(1, 3, 8, 8), ["noise"], "a name of TASKS"), (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'"),
-    (torch.rand(1, 3, 8, 8), "auto", "auto is eval.py's, by a classifier"), (torch.rand(1, 3, 8, 8), "noise:x", "'x' is not a number")])
+    (torch.rand(1, 3, 8, 8), "noise:x", "'x' is not a number")])
 def test_restore_refuses_what_it_cannot_read_in_one_line(x, task, words):
     with pytest.raises(ValueError) as caught:
         restore(small("srresnet", "ep"), x, task)
@@ -367,42 +342,6 @@ def test_restore_leaves_every_modules_mode_as_it_was_also_after_an_exception():
         with pytest.raises(ValueError):
             restore(model, torch.rand(8, 8), "noise")
         assert [module.training for module in model.modules()] == before and model.training
-
-
-PUBLISHED_CLASSIFIER = {mioir.published_names("classifier", None, name)[0]: value
-                        for name, value in TaskClassifier().state_dict().items()}
-WRAPPERS = {"bare": lambda s: s, "state_dict": lambda s: {"state_dict": s, "epoch": 3}, "model": lambda s: {"model": s},
-            "module.": lambda s: {f"module.{k}": v for k, v in s.items()}, "params": lambda s: {"params": s},
-            "net.": lambda s: {"state_dict": {f"net.{k}": v for k, v in s.items()}},
-            "_orig_mod.": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}}
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_weights_are_read_out_of_wrappers_by_our_names_and_the_published(tmp_path, wrapper):
-    for name, state in (("ours", TaskClassifier(none=True).state_dict()), ("theirs", PUBLISHED_CLASSIFIER),
-                        ("net", build_model("srresnet", "ap").state_dict())):
-        torch.save(WRAPPERS[wrapper](state), tmp_path / f"{name}.pt")
-        model, info = mioir.load_model(tmp_path / f"{name}.pt")
-        assert info["published"] == (name == "theirs") and info["prompt"] == ("ap" if name == "net" else None)
-        values = list(state.values())
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), values))
-        with pytest.raises(ValueError, match="EMA"):
-            mioir.load_model(tmp_path / f"{name}.pt", "ema")
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_bare_state_dict_of_ours_tells_its_network(arch):
-    with torch.device("meta"):
-        state = build_model(arch).state_dict()
-    info = identify(state)
-    assert info["arch"] == arch and not info["published"]
-
-
-def test_a_folder_stands_for_its_last_checkpoint_and_what_is_missing_is_called_missing(tmp_path):
-    with pytest.raises(ValueError, match="last.pt: No such file"):
-        mioir.load_model(tmp_path)
-    torch.save(PUBLISHED_CLASSIFIER, tmp_path / "last.pt")
-    assert mioir.load_model(tmp_path)[1]["arch"] == "classifier"
 
 
 @pytest.mark.parametrize("arch, prompt", [(arch, prompt) for arch, prompt in KINDS if prompt != "ap"])

@@ -65,7 +65,7 @@ def test_noise_is_found_in_grey_pictures_and_in_saved_ones(grey, quality):
             noisy.save(file, "JPEG", quality=quality)
             noisy = Image.open(file)
         name, sure = evaluation.classify(classifier, to_tensor(np.asarray(noisy.convert("RGB"))))
-        assert name == "noise" and sure > evaluation.DOUBT[name], path.name
+        assert name == "noise" and sure > mioir.DOUBT[name], path.name
 
 
 def test_clean_photos_are_left_as_they_are(tmp_path, capsys):
