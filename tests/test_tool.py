@@ -1,7 +1,9 @@
 """eval.py and degrade.py as tools: pictures of every kind kept what they are, hostile input refused."""
+import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -210,12 +212,29 @@ def test_comparisons_show_the_file_that_was_written_and_nothing_where_nothing_wa
     assert (tmp_path / "kept.png").exists() and not (tmp_path / "kept_compare.png").exists()
 
 
-def test_tiles_of_any_size_equal_the_whole(files, tmp_path):
-    Image.fromarray(np.tile(PIXELS, (4, 4, 1))).save(tmp_path / "in.png")
+def test_tiles_are_as_large_as_asked_and_give_the_same_picture(files, tmp_path, monkeypatch, capsys):
+    Image.fromarray(np.tile(PIXELS, (4, 4, 1))).save(tmp_path / "in.png")                      # 240 x 164
+    seen, forward = [], mioir.SRResNet.forward
+
+    def spy(model, x, *more, **named):
+        seen.append(tuple(x.shape[2:]))
+        return forward(model, x, *more, **named)
+    monkeypatch.setattr(mioir.SRResNet, "forward", spy)
     for model in ("ep.pt", "ap.pt"):
-        whole = np.asarray(restore(files, tmp_path / "in.png", tmp_path / "a.png", "--overwrite", model=model)).astype(int)
+        whole = np.asarray(restore(files, tmp_path / "in.png", tmp_path / "a.png", "--overwrite", "--tile", "0", model=model)).astype(int)
+        assert seen == [(164, 240)]
         tiled = np.asarray(restore(files, tmp_path / "in.png", tmp_path / "b.png", "--overwrite", "--tile", "96", model=model))
-        assert np.abs(whole - tiled).max() <= 1
+        assert set(seen[1:]) == {(96, 96)} and np.abs(whole - tiled).max() <= 1 and "in tiles of 96" in capsys.readouterr().out
+        seen.clear()
+
+
+def test_more_pixels_than_pillow_would_take_are_read_where_asked_for(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")                                          # 2460
+    argv = (files / "ep.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--task", "noise")
+    assert "--max-pixels" in refused(*argv)
+    run(*argv, "--max-pixels", 3000)
+    assert Image.open(tmp_path / "out.png").size == (60, 41)
 
 
 # Pictures and requests that cannot work ---------------------------------------------------------------
@@ -266,6 +285,42 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path, make, words):
     Image.fromarray(PIXELS).save(tmp_path / "in.png")
     line = refused(tmp_path / "model.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.png", "--task", "noise")
     assert "model.pt" in line and words in line and not (tmp_path / "out.png").exists()
+
+
+def npy(values, **more):
+    file = io.BytesIO()
+    np.save(file, values, **more)
+    return file.getvalue()
+
+
+GOOD = npy(np.random.default_rng(0).random((7, 128, 128)))
+BAD_PROMPTS = {
+    "one image": npy(np.zeros((128, 128))), "six": npy(np.zeros((6, 128, 128))), "words": npy(np.full((7, 128, 128), "0.5")),
+    "bools": npy(np.ones((7, 128, 128), bool)), "complex": npy(np.ones((7, 128, 128), complex)), "nothing": b"", "half": GOOD[:4000],
+    "nan": npy(np.full((7, 128, 128), np.nan)), "too large for float32": npy(np.full((7, 128, 128), 1e300)),
+    "objects": npy(np.full((7, 128, 128), None), allow_pickle=True), "a picture": b"\x89PNG\r\n\x1a\n",
+    "promises terabytes": GOOD.replace(b"(7, 128, 128)", b"(7, 1280000, 128000)".ljust(20)[:20])}
+
+
+@pytest.mark.parametrize("kind", BAD_PROMPTS)
+def test_prompts_that_are_none_are_refused_in_one_line(tmp_path, kind):
+    (tmp_path / "p.npy").write_bytes(BAD_PROMPTS[kind])
+    with pytest.raises(ValueError, match="--prompts .*p.npy: (not a .npy|takes finite)"):
+        evaluation.read_prompts(tmp_path / "p.npy")
+
+
+def test_damaged_prompts_are_read_or_refused_and_nothing_else(tmp_path):
+    """300 files with bytes changed, cut or put in, mostly in the head: finite images, or one line."""
+    random, path = np.random.default_rng(1), tmp_path / "p.npy"
+    for _ in range(300):
+        data, at = bytearray(GOOD), int(random.integers(0, random.choice((10, 128, len(GOOD)))))
+        for place in range(at, at + int(random.integers(1, 4))):
+            data[place:place + int(random.integers(0, 3))] = random.bytes(int(random.integers(0, 3)))
+        path.write_bytes(data[:int(random.integers(1, len(data)))] if random.random() < 0.2 else data)
+        try:
+            assert evaluation.read_prompts(path).shape == (7, 128, 128)
+        except ValueError as error:
+            assert str(error).startswith(f"--prompts {path}: ") and "\n" not in str(error)
 
 
 BAD_REQUESTS = {
@@ -597,16 +652,11 @@ def test_test_sets_have_the_published_layout_and_every_parameter(written):
     assert np.array_equal(degrade.to_image(degrade.jpeg(x, quality)), y)
 
 
-def test_the_same_seed_gives_the_same_bytes_also_after_an_interruption(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+def test_the_same_seed_gives_the_same_bytes(written, tmp_path):
     again = tmp_path / "sets"
     degrade.main(["--images", str(written / "photos"), "--out", str(again), "--split", "both", "--seed", "4"])
     assert contents(again) == contents(written / "sets")
-    for path in list(again.rglob("*.png"))[::3]:
-        path.unlink()
-    degrade.main(["--images", str(written / "photos"), "--out", str(again), "--split", "both", "--seed", "4"])
-    assert contents(again) == contents(written / "sets")
-    with pytest.raises(SystemExit, match="other test sets"):
+    with pytest.raises(SystemExit):
         degrade.main(["--images", str(written / "photos"), "--out", str(again), "--split", "both", "--seed", "5"])
 
 
@@ -633,6 +683,40 @@ def test_the_test_set_table(files, written, capsys):
     assert f"{average:.2f}" in line
 
 
+def test_a_test_set_with_an_own_truth_gives_finite_means_and_valid_json(files, written, tmp_path, capsys):
+    shutil.copytree(written / "sets", tmp_path / "sets")
+    shutil.copy(tmp_path / "sets/original/GT/a.png", tmp_path / "sets/single_indis/dark/a.png")
+    run(files / "ap.pt", "--testsets", tmp_path / "sets", "--output", tmp_path / "r.json")
+
+    def refuse(word):
+        raise AssertionError(word)
+    report = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)      # NaN and Infinity are no JSON
+    assert report["own_truths"]["dark"] == 1 and report["own_truths"]["rain"] == 0 and "dark: 3 images; 1 of 3 is its own truth" in capsys.readouterr().out
+    gt, lq = (degrade.read_image(tmp_path / "sets" / f / "b.png") for f in ("original/GT", "single_indis/dark"))
+    gt2, lq2 = (degrade.read_image(tmp_path / "sets" / f / "more_c.png") for f in ("original/GT", "single_indis/dark"))
+    assert report["psnr_in"]["dark"] == pytest.approx((evaluation.psnr(lq, gt) + evaluation.psnr(lq2, gt2)) / 2)
+
+
+def test_the_classifier_tells_the_task_of_each_picture_and_never_says_none(files, written, tmp_path):
+    """One that calls everything noise: the rain set scores as told noise. One that calls everything clean: as its next guess."""
+    reports = {}
+    for name in ("noise", "none"):
+        path = answering(tmp_path, name)
+        if name == "none":
+            classifier, _ = mioir.load_model(path)
+            with torch.no_grad():
+                classifier.head.bias[TASKS.index("noise")] = 3
+            store(path, classifier, "classifier", None, {"width": 16, "none": True})
+        run(files / "ep.pt", "--testsets", written / "sets", "--classifier", path, "--output", tmp_path / f"{name}.json")
+        reports[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    model, _ = mioir.load_model(files / "ep.pt")
+    pictures = [[degrade.read_image(written / "sets" / folder / f"{n}.png") for n in ("a", "b", "more_c")]
+                for folder in ("single_indis/rain", "original/GT")]
+    told = np.mean([evaluation.psnr(evaluation.restored(model, degrade.to_tensor(lq), "noise", "cpu"), gt) for lq, gt in zip(*pictures)])
+    assert reports["noise"]["psnr"]["rain"] == pytest.approx(told, abs=1e-6) == reports["none"]["psnr"]["rain"]
+    assert "named by the classifier" in reports["noise"]["convention"]
+
+
 def test_a_set_whose_task_nobody_knows_is_left_out_where_the_true_task_is_told(files, tmp_path):
     (tmp_path / "unknow" / "LQ_LR" / "valid-input-noisy").mkdir(parents=True)
     argv = (files / "ep.pt", "--testsets", tmp_path, "--output", tmp_path / "r.json")
@@ -648,6 +732,7 @@ def test_the_papers_figures_stand_beside_full_models_on_complete_sets_only():
     fewer = evaluation.comparable_figures(args, info, {**whole, "rain": 2})
     assert set(figures) - set(fewer) == {"rain", "In-Dis"}
     assert "Unknown" not in evaluation.comparable_figures(args, info, {**dict.fromkeys(TASKS, 100), "Toled_val": 30})
+    assert "Out-Dis" in figures and "Out-Dis" not in evaluation.comparable_figures(args, info, {**whole, "rain_outbig": 99})
     assert evaluation.comparable_figures(args, {**info, "sizes": {"width": 16}}, whole) == {}
     for other in (["--weights", "ema"], ["--testsets", ".", "--oracle"]):      # the paper's: raw, tasks named by the classifier
         assert evaluation.comparable_figures(evaluation.arguments(other), info, whole) == {}
@@ -711,6 +796,10 @@ def test_ones_own_pairs_are_scored(files, written, capsys):
     for n in ("a", "b", "more_c"):
         Image.fromarray(PIXELS).save(written / "odd" / f"{n}.png")
     assert "not of one size" in refused(files / "ep.pt", "--pairs", lq, written / "odd", "--task", "rain")
+    run(files / "ep.pt", "--pairs", lq, gt, "--classifier", answering(files, "rain"))
+    said = capsys.readouterr().out
+    assert "the classifier named their tasks: rain 3" in said and "| 3 of" in said
+    assert [float(cell) for cell in said.split("| 3 of")[1].split("|")[1:7]] == [float(cell) for cell in cells[2:8]]
     assert cells[1].startswith("3 of ") and float(cells[2]) == pytest.approx(before, abs=0.006)
     assert float(cells[4]) == pytest.approx(float(cells[3]) - float(cells[2]), abs=0.011)
 
@@ -799,6 +888,66 @@ def test_help_shows_three_worked_examples(module, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(["--help"])
     assert not stopped.value.code and capsys.readouterr().out.count(f"python {module.__name__}.py ") >= 3
+
+
+def test_a_folder_that_is_run_again_counts_what_is_there(files, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(PIXELS).save(tmp_path / "in" / f"{name}.png")
+    argv = (files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "noise")
+    run(*argv)
+    (tmp_path / "out" / "b.png").unlink()
+    before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
+    capsys.readouterr()
+    run(*argv)                                                     # exits with 0
+    said = capsys.readouterr()
+    assert "3 of 3 pictures" in said.out and "2 of them from before; --overwrite" in said.out and "failed" not in said.err
+    assert (tmp_path / "out" / "b.png").exists() and (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
+    run(*argv, "--overwrite")
+    assert "from before" not in capsys.readouterr().out and (tmp_path / "out" / "a.png").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_folder_that_is_stopped_ends_in_one_line(files, tmp_path, number):
+    (tmp_path / "in").mkdir()
+    for k in range(60):
+        Image.fromarray(np.tile(PIXELS, (5, 5, 1))).save(tmp_path / "in" / f"{k:02d}.png")
+    command = [sys.executable, ROOT / "eval.py", files / "ep.pt", "--input", "in", "--output", "out", "--task", "noise"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    line = [process.stdout.readline() for _ in range(3)][-1]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err.splitlines() == [f"eval.py: stopped by {number.name}"]
+    assert "2/60" in line and sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".png"] * len(out.splitlines() + [1, 2])
+
+
+def test_a_closed_pipe_ends_quietly_and_calls_nothing_failed(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    for k in range(9):
+        Image.fromarray(PIXELS).save(tmp_path / "in" / f"{k}.png")
+    command = [sys.executable, ROOT / "eval.py", files / "ep.pt", "--input", "in", "--output", "out", "--task", "noise"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize("typed, meant", [("--ouput", "--output"), ("--taks", "--task"), ("--promt-matrix", "--prompt-matrix")])
+def test_a_typing_error_is_answered_with_what_is_meant(tmp_path, typed, meant):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    line = refused("--input", tmp_path / "a.png", typed, "x.png")
+    assert typed in line and f"is {meant} meant?" in line
+
+
+def test_names_that_would_be_too_long_are_cut_and_stay_apart(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    names = [f"{'a' * 247}{k}.gif" for k in range(2)] + [f"{'é' * 123}.png"]
+    for name in names:
+        Image.fromarray(PIXELS).convert("P" if name[-3:] == "gif" else "RGB").save(tmp_path / "in" / name)
+    run(files / "ep.pt", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "noise", "--compare")
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(found) == 6 and sum(name.endswith("_compare.png") for name in found) == 3 and names[2] in found
 
 
 def test_two_pictures_of_a_folder_never_take_one_name(tmp_path, capsys):
