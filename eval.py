@@ -501,7 +501,6 @@ def testsets(args, model, info, device):
     # The paper's figures contain the published classifier's mistakes, and ours makes others.
     if info["published"] and model.prompt == "ep" and not (told or args.classifier):
         raise ValueError("add --classifier Classifier.pth, or --oracle to tell the true tasks")
-    claim_result(args, (".json",))
     files = find_sets(Path(args.testsets), told)
     missing = [name for name in TESTSETS if name not in files]
     progress(f"left out: {', '.join(missing) or 'none'}")
@@ -647,7 +646,6 @@ def table(args, model, info, device):
 
     Not to be compared with the paper's table: other images, and other draws from the same ranges.
     """
-    claim_result(args, FORMATS)
     images = load_images(args)
     for split, name in (("in", "In-Dis"), ("out", "Out-Dis (sr: ranges not published)")):
         print(f"\n{name}, {len(images)} images, seed {args.seed}\n")
@@ -689,7 +687,6 @@ def prompt_matrix(args, model, info, device):
     """
     if model.prompt != "ep":
         raise ValueError("--prompt-matrix needs a model with explicit prompts (train.py --prompt)")
-    claim_result(args, FORMATS)
     images = load_images(args)
     pairs = validation_pairs(images, "in", args.seed)
     before = input_psnr(pairs)
@@ -1163,12 +1160,6 @@ def claim(path, endings, args, source=None):
         raise ValueError(f"{path}: not written ({error.strerror})") from None
 
 
-def claim_result(args, endings):
-    """The same of --output, where it is given: the picture or the report of a command."""
-    if args.output:
-        claim(Path(args.output), endings, args)
-
-
 @contextlib.contextmanager
 def result_file(path):
     """degrade.whole_file for what a user asked for: where it can't be written, what was there is
@@ -1250,6 +1241,8 @@ COMMANDS = {
     "table": (table, ("images", "depth", "seed", "output")),           # in, out, gain of each task
 }
 READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
+# What --output may end in, for the commands that write one file.
+ENDINGS = {"testsets": (".json",), "prompt_matrix": FORMATS, "table": FORMATS}
 
 
 def check_flags(parser, argv, args):
@@ -1277,12 +1270,15 @@ def check_flags(parser, argv, args):
 
 
 def check_paths(args):
-    """Raises ValueError for a file or folder that is not there, before the model is loaded."""
+    """Raises ValueError for a file or folder that is not there, and for a result that can't be
+    written, before the model is loaded."""
     for folder in (args.images, args.depth, args.testsets, *(args.pairs or ())):
         if folder is not None:
             require_folder(folder)
     if args.input and not Path(args.input).exists():
         raise ValueError(f"--input {args.input}: No such file or folder")
+    if args.output and args.mode in ENDINGS:
+        claim(Path(args.output), ENDINGS[args.mode], args)
 
 
 def task_or_auto(text):

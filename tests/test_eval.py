@@ -261,3 +261,12 @@ def test_an_expectation_is_checked_on_both_sides(found, fits, monkeypatch, capsy
         return evaluation.testsets(args, model, info, "cpu")
     with pytest.raises(ValueError, match="expected an In-Dis average of 30.36"):
         evaluation.testsets(args, model, info, "cpu")
+
+
+def test_the_19_sets_lie_where_the_published_archive_has_them():
+    sets = evaluation.TESTSETS
+    assert len(sets) == 19 and [sum(group == g for g, *_ in sets.values()) for group in ("In-Dis", "Out-Dis", "Unknown")] == [7, 7, 5]
+    assert sets["rain"] == ("In-Dis", "rain", "single_indis/rain", "original/GT")
+    assert sets["sr_outbig"] == ("Out-Dis", "sr", "single_outbig/sr_outbig", "original/GT")
+    assert sets["DIV2K_valid_LR_mild"] == ("Unknown", None, "unknow/LQ_LR/DIV2K_valid_LR_mild", "unknow/DIV2K_valid_HR_toLR")
+    assert sets["Toled_val"] == ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ")

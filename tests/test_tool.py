@@ -75,6 +75,7 @@ def test_every_ending_is_written_as_what_it_says(files, tmp_path, suffix):
     out = restore(files, tmp_path / "in.png", tmp_path / f"out{suffix}")
     kinds = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
     assert out.format == kinds.get(suffix, "JPEG")
+    assert out.format != "JPEG" or out.quantization[0][0] == 2                                 # of quality 95
     error = np.abs(np.asarray(out).astype(int) - lossless).mean()
     assert error == 0 if out.format in ("PNG", "TIFF", "BMP") else 0 < error < 4
     assert {p.name for p in tmp_path.iterdir()} == {"in.png", "whole.png", f"out{suffix}"}
@@ -226,6 +227,24 @@ def test_tiles_are_as_large_as_asked_and_give_the_same_picture(files, tmp_path, 
         tiled = np.asarray(restore(files, tmp_path / "in.png", tmp_path / "b.png", "--overwrite", "--tile", "96", model=model))
         assert set(seen[1:]) == {(96, 96)} and np.abs(whole - tiled).max() <= 1 and "in tiles of 96" in capsys.readouterr().out
         seen.clear()
+
+
+def test_seed_depth_and_images_reach_the_degradations(files, tmp_path, capsys):
+    """The input's PSNR is that of noise of this seed, and of haze by a map that is far in one corner only."""
+    photo, depth = tmp_path / "photos" / "a.png", np.zeros((16, 16), np.float32)
+    for folder in ("photos", "maps"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(np.tile(PIXELS, (2, 2, 1))).save(photo)
+    depth[:4, :4] = 7
+    np.save(tmp_path / "maps" / "a.npy", depth)
+    gt = degrade.to_tensor(degrade.read_image(photo))
+    run(files / "ap.pt", "--images", photo.parent, "--depth", tmp_path / "maps", "--seed", 3)
+    rows = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in capsys.readouterr().out.split("Out-Dis")[0].splitlines()
+            if line.startswith("| ") and "task" not in line}
+    for task, given in (("noise", None), ("haze", torch.from_numpy(depth)[None, None])):
+        lq = degrade.degrade(gt, task, "in", given, degrade.seeded("validation", 3, "in", task, 0))
+        assert rows[task] == pytest.approx(evaluation.psnr(degrade.to_image(lq), degrade.to_image(gt)), abs=0.006)
+    assert rows["haze"] > 18                               # most of it is near, and clear
 
 
 def test_more_pixels_than_pillow_would_take_are_read_where_asked_for(files, tmp_path, monkeypatch):
@@ -492,8 +511,12 @@ def test_pictures_are_written_where_output_says_and_nowhere_else(files, tmp_path
     run(tmp_path / "run", "--prompt-matrix")
     assert "| rain" in capsys.readouterr().out and [p.name for p in tmp_path.rglob("*")] == ["run", "last.pt"]
     run(tmp_path / "run", "--output", "new/strips.png")
-    cell = np.asarray(Image.open("new/strips.png"))[30:222, 110 + 2 * 198:110 + 2 * 198 + 192]      # the truth, pixels tripled
-    assert np.array_equal(cell[1::3, 1::3], degrade.to_image(images[0][0]))
+    sheet, model = np.asarray(Image.open("new/strips.png")), mioir.load_model(files / "ep.pt")[0]
+    for i, task in enumerate(TASKS):                       # degraded, restored, truth: pixels tripled
+        (lq, gt), = evaluation.validation_pairs(images)[task]
+        for j, picture in enumerate((degrade.to_image(lq), evaluation.restored(model, lq, task, "cpu"), degrade.to_image(gt))):
+            cell = sheet[31 + 198 * i:223 + 198 * i:3, 111 + 198 * j:303 + 198 * j:3]
+            assert np.array_equal(cell, picture)
 
 
 def test_export_makes_its_folder_and_never_replaces_a_runs_checkpoint(files, tmp_path):
@@ -675,6 +698,9 @@ def test_the_test_set_table(files, written, capsys):
         gt = degrade.read_image(written / "sets" / "original" / "GT" / f"{name}.png")
         scores.append(evaluation.psnr(evaluation.restored(model, lq, "rain", "cpu"), gt))
     assert report["psnr"]["rain"] == pytest.approx(np.mean(scores), abs=1e-6)
+    similar = [evaluation.ssim(*(degrade.read_image(written / "sets" / folder / f"{n}.png") for folder in ("single_indis/rain", "original/GT")))
+               for n in ("a", "b", "more_c")]
+    assert report["ssim_in"]["rain"] == pytest.approx(np.mean(similar)) and "ap.pt" not in report["checkpoint"]
     average = np.mean([report["psnr"][task] for task in TASKS])
     assert report["psnr"]["In-Dis"] == pytest.approx(average)
     run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--expect", average, "--output", written / "r.json", "--overwrite")
@@ -800,6 +826,10 @@ def test_ones_own_pairs_are_scored(files, written, capsys):
     said = capsys.readouterr().out
     assert "the classifier named their tasks: rain 3" in said and "| 3 of" in said
     assert [float(cell) for cell in said.split("| 3 of")[1].split("|")[1:7]] == [float(cell) for cell in cells[2:8]]
+    model, _ = mioir.load_model(files / "ep.pt")
+    after = [evaluation.psnr(evaluation.restored(model, degrade.to_tensor(degrade.read_image(lq / f"{n}.png")), "rain", "cpu"),
+                             degrade.read_image(gt / f"{n}.png")) for n in ("a", "b", "more_c")]
+    assert float(cells[3]) == pytest.approx(np.mean(after), abs=0.006) and 0 < float(cells[5]) < 1
     assert cells[1].startswith("3 of ") and float(cells[2]) == pytest.approx(before, abs=0.006)
     assert float(cells[4]) == pytest.approx(float(cells[3]) - float(cells[2]), abs=0.011)
 
@@ -877,6 +907,14 @@ def test_the_prompt_matrix_tells_each_task_in_turn(files, written, tmp_path, cap
     names = [cell.strip() for cell in rows[0]]
     photos = [(degrade.to_tensor(degrade.read_image(path)), None) for path in sorted((written / "photos").rglob("*.png"))]
     pairs = evaluation.validation_pairs(photos)["haze"]
+    path = tmp_path / "m.png"
+    pixels = np.asarray(Image.open(path)).astype(int)
+    for i, row in enumerate(rows[1:]):                      # green where a prompt gains on the input, the last column; its own is framed
+        for j in range(7):
+            top, left, gain = 66 + 34 * i, 190 + 78 * j, float(row[j + 1]) - float(row[8])
+            green = pixels[top + 6, left + 8, 1] - pixels[top + 6, left + 8, 0]
+            assert abs(gain) < 0.1 or (green > 0) == (gain > 0)
+            assert (pixels[top + 1, left + 8].sum() == 0) == (i == j)
     told_dark = [evaluation.psnr(evaluation.restored(model, lq, "dark", "cpu"), degrade.to_image(gt)) for lq, gt in pairs]
     haze = next(row for row in rows if row[0].strip() == "haze")
     assert float(haze[names.index("dark")]) == pytest.approx(np.mean(told_dark), abs=0.006)
