@@ -1,9 +1,11 @@
 """The seven degradations of MiOIR, batched and on any device, and the images they are applied to.
 
     python degrade.py --images photos --out testsets                          # In-Dis test sets
-    python degrade.py --images photos --depth maps --out testsets --split both --seed 3
+    python degrade.py --images photos --depth maps --out both --split both --seed 3
     python degrade.py --images photos --out harder --split out                # Out-Dis alone
     python eval.py runs/demo/last.pt --testsets testsets                    # reads what was written
+
+(--out must be a new or an empty folder: test sets of two kinds never mix.)
 
 From a program: y = jpeg(x, quality=torch.tensor([30, 45, 70])) with its own quality for each image,
 or y = degrade(x, "rain") with random parameters from the paper's ranges.
@@ -20,6 +22,9 @@ Sources: paper (arXiv 2401.03379), Section 4.1, for what is drawn; the published
 data_script/add_MiO_train_degradation.py for how it is applied, which uses OpenCV (blur, rain) and
 DiffJPEG. Where published code does something odd, so does this file, and the comment says so: the
 paper's models were trained and tested on such images.
+
+Whatever a network computes in, data are made in float32 or finer: what could be computed in TF32 or
+bfloat16 (matrix products, convolutions) is in float64 here, which neither of them touches.
 """
 import argparse
 import contextlib
@@ -30,16 +35,18 @@ import hashlib
 import math
 import os
 import shlex
-import shutil
+import signal
 import sys
+import threading
 import time
+import unicodedata
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torch.nn import functional as F
 
 from mioir import TASKS, reflect_pad
@@ -85,7 +92,9 @@ def quantize(x):
 
 def per_image(value, x, dtype=torch.float32):
     """A number or (N,) tensor -> (N,1,1,1) on x's device, ready to multiply x (N,3,H,W)."""
-    value = torch.as_tensor(value, dtype=dtype, device=x.device)
+    if isinstance(value, (int, float)):                # filled in on the device: nothing is copied
+        return x.new_full((x.shape[0], 1, 1, 1), value, dtype=dtype)
+    value = torch.as_tensor(value).to(x.device, dtype, non_blocking=True)
     return value.expand(x.shape[0])[:, None, None, None]
 
 
@@ -109,7 +118,8 @@ def gaussian_blur(x, kernel_size, sigma):
     """
     radius = per_image(kernel_size, x)[:, 0, 0] // 2                              # (N,1)
     taps = gaussian_taps(radius, per_image(sigma, x)[:, 0, 0], room=10)           # (N,21)
-    # If all images have one size of kernel, the zeros beyond it are left out.
+    # A size given as one number, for all images, lets the zeros beyond it be left out. (Those of a
+    # tensor would have to be read first, for which a GPU's queue would have to run empty.)
     room = 10 if torch.is_tensor(kernel_size) else kernel_size // 2
     taps = taps[:, 10 - room:11 + room, None, None, None]             # taps[:, k]: (N,1,1,1)
     sizes = x.shape
@@ -149,12 +159,30 @@ _LUMA = ((16, 11, 10, 16, 24, 40, 51, 61),
 _CHROMA = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))
 
 
-def _jpeg_blocks(channel, table, factor):
+@functools.lru_cache(maxsize=None)
+def _jpeg_tables(device):
+    """(C, luma, chroma), (8,8) each in float64: the cosine transform and the two tables. Made once
+    per device, since each table that is copied to a GPU makes the processor wait.
+
+    As published, the tables are applied TRANSPOSED: the standard's steps for vertical frequencies
+    meet the horizontal ones. The right way round, images would differ by about 3 grey levels (4 at
+    quality 10, 2 at 70, on average over a photo).
+    """
+    pixel = torch.arange(8, dtype=torch.float64, device="cpu")
+    cosine = torch.cos((2 * pixel + 1) * pixel[:, None] * math.pi / 16) / 2       # rows: frequency
+    cosine[0] /= math.sqrt(2)
+    luma = torch.tensor(_LUMA, dtype=torch.float64, device="cpu").T
+    chroma = torch.tensor(_CHROMA, dtype=torch.float64, device="cpu").T
+    chroma = F.pad(chroma, (0, 4, 0, 4), value=99)
+    with torch.inference_mode(False):      # else tables first used inside it could not leave it
+        return tuple(table.to(device, copy=True) for table in (cosine, luma, chroma))
+
+
+def _jpeg_blocks(channel, cosine, step):
     """What is left of a channel when its 8x8 blocks' cosine transforms have been rounded.
 
-    channel: (N,H,W) in grey levels, H and W multiples of 8. table: (8,8), the step of each
-    coefficient (row = vertical frequency of the block). factor: (N,1,1,1), what the table is
-    multiplied by.
+    channel: (N,H,W) in grey levels, H and W multiples of 8. cosine: C, (8,8). step: (N,1,1,8,8),
+    the step of each coefficient (row = vertical frequency of the block). Float64 in and out.
 
         C[k,p] = cos((2p + 1) k pi / 16) / 2, its row k = 0 divided by sqrt(2): then C C^T = 1
         D  = C B C^T                              a block's 64 coefficients
@@ -163,13 +191,8 @@ def _jpeg_blocks(channel, table, factor):
     Without the rounding B' would be B again: it alone loses something.
     """
     n, h, w = channel.shape
-    pixel = torch.arange(8, device=channel.device)
-    frequency = pixel[:, None]
-    cosine = torch.cos((2 * pixel + 1) * frequency * math.pi / 16) / 2            # C: (8,8)
-    cosine[0] /= math.sqrt(2)
     # Cut the plane into a grid of blocks. -128: the standard centres grey levels around 0.
     blocks = channel.view(n, h // 8, 8, w // 8, 8).transpose(2, 3) - 128          # (N,H/8,W/8,8,8)
-    step = table * factor[..., None]                                              # (N,1,1,8,8)
     coefficients = (cosine @ blocks @ cosine.T / step).round() * step
     blocks = cosine.T @ coefficients @ cosine + 128
     return blocks.transpose(2, 3).reshape(n, h, w)
@@ -185,23 +208,19 @@ def jpeg(x, quality):
     # The well-known rule: 1 at quality 50, 5 at quality 10, 0.6 at 70. A real encoder then rounds
     # each step and keeps it within 1..255; as published, neither happens here: at quality 10 the
     # largest step is 5 x 121.
-    quality = per_image(quality, x)
-    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)            # (N,1,1,1)
-    # As published, the tables are applied TRANSPOSED: the standard's steps for vertical frequencies
-    # meet the horizontal ones. The right way round, images would differ by about 3 grey levels (4
-    # at quality 10, 2 at 70, on average over a photo).
-    luma = x.new_tensor(_LUMA).T                                                  # (8,8)
-    chroma = F.pad(x.new_tensor(_CHROMA).T, (0, 4, 0, 4), value=99)               # (8,8)
+    quality = per_image(quality, x, torch.float64)[..., None]
+    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50)            # (N,1,1,1,1)
+    cosine, luma, chroma = _jpeg_tables(x.device)                                 # (8,8) each
     # Chroma blocks cover 16 x 16 pixels: black is added at the right and bottom, and cut off later.
     r, g, b = (F.pad(x, (0, -w % 16, 0, -h % 16)) * 255).unbind(1)                # each (N,H,W)
     y = 0.299 * r + 0.587 * g + 0.114 * b                                         # luma
     cb = -0.168736 * r - 0.331264 * g + 0.5 * b + 128                             # chroma: blue
     cr = 0.5 * r - 0.418688 * g - 0.081312 * b + 128                              # chroma: red
-    y = _jpeg_blocks(y, luma, factor)
+    y = _jpeg_blocks(y.double(), cosine, luma * factor).float()
     halved = []
     for channel in (cb, cr):         # 4:2:0: one colour for 2x2 pixels, their mean; then repeated
-        channel = F.avg_pool2d(channel, 2)                                        # (N,H/2,W/2)
-        channel = _jpeg_blocks(channel, chroma, factor) - 128
+        channel = F.avg_pool2d(channel, 2).double()                               # (N,H/2,W/2)
+        channel = _jpeg_blocks(channel, cosine, chroma * factor).float() - 128
         halved.append(channel.repeat_interleave(2, 1).repeat_interleave(2, 2))    # (N,H,W)
     cb, cr = halved
     rgb = torch.stack((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), 1)
@@ -222,7 +241,8 @@ def _turned_diagonal(at, length, angle):
     """Step 3a: the diagonal of a length x length matrix, turned by angle - 45 degrees and shrunk.
 
     at: (N,40), which rows and columns of the result to compute; length: (N,1); angle: (N,).
-    Returns (N,40,40). Mirrors OpenCV's getRotationMatrix2D with warpAffine, bilinear, zero outside.
+    Returns (N,40,40) in float64. Mirrors OpenCV's getRotationMatrix2D with warpAffine, bilinear,
+    zero outside.
     """
     turn = (angle.double() - 45) * math.pi / 180      # the diagonal itself leans by 45 degrees
     length = length[:, :, None]                                                   # (N,1,1)
@@ -250,22 +270,32 @@ def _turned_diagonal(at, length, angle):
     return streak
 
 
+@functools.lru_cache(maxsize=None)
+def _rain_tables(device):
+    """Step 3b's taps for widths 3, 5, 7, 9 and 11, (5,11), and step 2's halo, (1,1,3,3); float64,
+    made once per device like _jpeg_tables."""
+    # Up to width 9 OpenCV has fixed kernels, which are Gaussian only roughly.
+    taps = torch.tensor(((0, 0, 0, 0, 1, 2, 1, 0, 0, 0, 0),                       # width 3
+                         (0, 0, 0, 1, 4, 6, 4, 1, 0, 0, 0),                       # width 5
+                         (0, 0, 1, 3.5, 7, 9, 7, 3.5, 1, 0, 0),                   # width 7
+                         (0, 1, 3.25, 7.5, 12.75, 15, 12.75, 7.5, 3.25, 1, 0)),   # width 9
+                        dtype=torch.float64, device="cpu")
+    # Wider ones follow its rule sigma = 0.3 ((width - 1) / 2 - 1) + 0.8, which is 2 for 11.
+    widest = gaussian_taps(5, torch.tensor(2.0, dtype=torch.float64, device="cpu"))
+    taps = torch.cat((taps / taps.sum(1, keepdim=True), widest[None]))
+    halo = torch.tensor([[[(0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)]]], dtype=torch.float64,
+                        device="cpu")
+    with torch.inference_mode(False):
+        return taps.to(device, copy=True), halo.to(device, copy=True)
+
+
 def _blur_matrix(at, length, width):
     """Step 3b: a Gaussian of `width` taps over rows 0 .. length - 1, written as a matrix.
 
     at: (N,40); length: (N,1); width: (N,), 3, 5, 7, 9 or 11. Returns (N,40,40): (B v)[p] is the
     weighted mean of v around p, borders reflected. Mirrors OpenCV's GaussianBlur without a sigma.
     """
-    # Up to width 9 OpenCV has fixed kernels, which are Gaussian only roughly.
-    fixed = torch.tensor(((0, 0, 0, 0, 1, 2, 1, 0, 0, 0, 0),                      # width 3
-                          (0, 0, 0, 1, 4, 6, 4, 1, 0, 0, 0),                      # width 5
-                          (0, 0, 1, 3.5, 7, 9, 7, 3.5, 1, 0, 0),                  # width 7
-                          (0, 1, 3.25, 7.5, 12.75, 15, 12.75, 7.5, 3.25, 1, 0)),  # width 9
-                         dtype=at.dtype, device=at.device)
-    fixed = fixed / fixed.sum(1, keepdim=True)
-    # Wider ones follow its rule sigma = 0.3 ((width - 1) / 2 - 1) + 0.8, which is 2 for 11.
-    widest = gaussian_taps(5, torch.tensor(2.0, dtype=at.dtype, device=at.device))
-    taps = torch.cat((fixed, widest[None]))[(width.long() - 3) // 2]              # (N,11)
+    taps = _rain_tables(at.device)[0][(width.long() - 3) // 2]                    # (N,11)
     last = length - 1
     blur = 0
     for k in range(11):
@@ -292,38 +322,18 @@ def streak_kernels(width, length, angle):
     return blur @ streak @ blur.mT                                # B S B^T: columns, then rows
 
 
-def _sum_of_streaks(field, least, kernel):
-    """Step 3 of one image, drop by drop. field: (H+41,W+41); kernel: (42,42). Returns (H,W).
+def correlate(x, kernel):
+    """out[y,x] = sum over i, j of kernel[i,j] x[y+i,x+j], wherever the kernel lies inside.
 
-    Correlation, out[y,x] = sum over i, j of kernel[i,j] drops[y+i,x+j], takes 42 x 42 products a
-    pixel. Seen from the drop, one at [r,c] adds drops[r,c] kernel[i,j] to out[r-i,c-j]: it leaves
-    the kernel turned by half. Few pixels are drops, so this takes a thousandth of the work.
+    x: (N,1,h,w); kernel: (N,1,42,42), one for each image. Returns (N,1,h-41,w-41). By Fourier
+    transforms, where a correlation is a product: directly it would take 42 x 42 products a pixel.
     """
-    rows, columns = field.shape                               # H + 41, W + 41
-    streak = kernel.flip(0, 1)                                # what a drop of 1 leaves
-    drop, part = (field >= least).nonzero(), streak.nonzero()                     # (D,2), (P,2)
-    place = torch.tensor((columns + 41, 1))                   # [row,column] as one number
-    at = (drop @ place)[:, None] + part @ place                                   # (D,P)
-    light = field[*drop.T].double()[:, None] * streak[*part.T]                    # (D,P)
-    layer = light.new_zeros(rows + 41, columns + 41)          # with room for the streaks' ends
-    layer.view(-1).index_add_(0, at.flatten(), light.flatten())
-    return layer[41:rows, 41:columns]                         # flipped, the kernel begins at -41
-
-
-def _rain_layer(field, least, kernel, peak, size):
-    """Steps 1 to 4. field: (N,1,H,W); least: (N,1,1,1), what makes a drop; kernel: (N,1,42,42);
-    peak, size: as in rain_streaks."""
-    field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
-    if field.device.type == "cpu":                            # N is 1
-        layer = _sum_of_streaks(field[0, 0], least[0, 0], kernel[0, 0])[None, None]
-    else:           # a GPU adds streaks in any order, so that rounding varies; it convolves instead
-        drops = torch.where(field >= least, field, 0).double().transpose(0, 1)    # (1,N,H+41,W+41)
-        layer = F.conv2d(drops, kernel, groups=len(kernel)).transpose(0, 1)       # (N,1,H,W)
-    low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
-    scale = 255 * peak / (high - low).clamp_min(1e-12)        # a field without drops stays black
-    layer = layer[:, :, :size[0], :size[1]]
-    # 1e-9: rounding errors of the sums must not turn a whole number into the one below.
-    return layer.sub_(low).mul_(scale).add_(1e-9).floor_().float().div_(255)
+    h, w = x.shape[2:]
+    # A transform takes what it is given as periodic. What comes round the edge in this way falls
+    # among the last 41 rows and columns, which are cut off. Multiples of 32 are transformed fast.
+    period = (h + -h % 32, w + -w % 32)
+    product = torch.fft.rfft2(x, s=period) * torch.fft.rfft2(kernel, s=period).conj()
+    return torch.fft.irfft2(product, s=period)[:, :, :h - 41, :w - 41]
 
 
 def rain_streaks(field, density, width, length, angle, peak=1.0, size=(None, None)):
@@ -336,17 +346,20 @@ def rain_streaks(field, density, width, length, angle, peak=1.0, size=(None, Non
     a fainter brightest spot, and would be normalised to too bright a rain: give the whole image's
     field, or a peak below 1 (see train.RAIN_PEAK).
     """
-    least = 256 - per_image(density, field, torch.float64) / 100                  # (N,1,1,1)
     line = [per_image(value, field, torch.float64).flatten() for value in (width, length, angle)]
     # Halo and streak are two correlations with mirrored borders; the halo is symmetric, so that one
     # correlation with both kernels' convolution, 42 x 42, does the same.
-    halo = field.new_tensor(((0, 0.1, 0), (0.1, 8, 0.1), (0, 0.1, 0)), dtype=torch.float64)
     kernel = streak_kernels(*line)[:, None]                                       # (N,1,40,40)
-    kernel = F.conv2d(kernel, halo[None, None], padding=2)                        # (N,1,42,42)
-    # A GPU takes all fields together; on a CPU _rain_layer takes one, which stays in its cache.
-    some = 1 if field.device.type == "cpu" else len(field)
-    parts = zip(field.split(some), least.split(some), kernel.split(some))
-    return torch.cat([_rain_layer(*part, peak, size) for part in parts])
+    kernel = F.conv2d(kernel, _rain_tables(field.device)[1], padding=2)           # (N,1,42,42)
+    least = 256 - per_image(density, field, torch.float64) / 100                  # (N,1,1,1)
+    field = reflect_pad(field, 21, 20, 21, 20)                # as far as the kernel reaches
+    drops = torch.where(field >= least, field, 0).double()                        # (N,1,H+41,W+41)
+    layer = correlate(drops, kernel)                                              # (N,1,H,W)
+    low, high = layer.amin((2, 3), keepdim=True), layer.amax((2, 3), keepdim=True)
+    scale = 255 * peak / (high - low).clamp_min(1e-12)        # a field without drops stays black
+    layer = layer[:, :, :size[0], :size[1]]
+    # 1e-9: rounding errors of the sums must not turn a whole number into the one below.
+    return ((layer - low) * scale + 1e-9).floor_().float().div_(255)
 
 
 def add_rain(x, streaks):
@@ -390,27 +403,6 @@ def bicubic_x4(x, stored=False):
     return quantize(F.interpolate(small, (h, w), mode="bicubic"))
 
 
-# ---- Depth for a photo without a depth map -------------------------------------------------------
-# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
-# needs no download, but its haze is smoother than theirs.
-
-def prior_knots(generator=None):
-    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
-
-    Returns (1,1,8,8) in (0,1]: knots spread evenly over the image, from corner to corner.
-    """
-    down = torch.linspace(1, 0.2, 8)[:, None]                                     # (8,1)
-    knots = down + 0.15 * torch.randn(8, 8, generator=generator)                  # (8,8)
-    return (knots / knots.max()).clamp_min(0.05)[None, None]
-
-
-def depth_prior(height, width, generator=None):
-    """prior_knots enlarged to an image's size: (1,1,H,W). Its maximum counts as 1 wherever the
-    image is cropped."""
-    knots = prior_knots(generator)
-    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
-
-
 # ---- Random degradation: draw the parameters, then apply them ------------------------------------
 # Apart from each other, because training draws on the CPU, in worker processes if there are some,
 # and applies to whole batches on the GPU.
@@ -418,7 +410,7 @@ def depth_prior(height, width, generator=None):
 def seeded(*numbers):
     """A torch.Generator whose state depends on all of the numbers (or words) and nothing else."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)    # 63 bits
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)    # 63 bits
 
 
 def draw(task, size, split="in", generator=None, n=1, rain_field=None):
@@ -430,24 +422,26 @@ def draw(task, size, split="in", generator=None, n=1, rain_field=None):
     """
     if task not in RANGES[split]:
         raise ValueError(f"no {split!r} ranges for {task!r}, only for {', '.join(RANGES[split])}")
+    # Said each time, since a caller may have changed torch's default type or device.
+    kind = dict(generator=generator, dtype=torch.float32, device="cpu")
     drawn = {}
     for name, (low, high) in RANGES[split][task].items():
-        u = torch.rand(n, generator=generator)                                    # in [0,1)
+        u = torch.rand(n, **kind)                                                 # in [0,1)
         if name in STEPS:
             choices = (high - low) // STEPS[name] + 1
             drawn[name] = low + STEPS[name] * (u * choices).floor()
         else:
             drawn[name] = torch.round(low + u * (high - low), decimals=DECIMALS[task])
     if task == "noise":
-        drawn["noise"] = torch.randn(n, 3, *size, generator=generator)
+        drawn["noise"] = torch.randn(n, 3, *size, **kind)
     if task == "rain":
         size = rain_field or size
-        drawn["field"] = torch.rand(n, 1, *size, generator=generator).mul_(256)
+        drawn["field"] = torch.rand(n, 1, *size, **kind).mul_(256)
     return drawn
 
 
-# Where nothing but the image and its parameters is needed. A task of one's own is entered here, and
-# in RANGES; in DECIMALS, if it has parameters that are no whole numbers.
+# Where nothing but the image and its parameters is needed. A task of one's own is entered here and
+# in RANGES; its parameters that are whole numbers in STEPS, and if it has others, it in DECIMALS.
 DEGRADATIONS = {"blur": gaussian_blur, "noise": add_noise, "jpeg": jpeg, "dark": darken,
                 "sr": bicubic_x4}
 
@@ -459,14 +453,14 @@ def apply(x, task, drawn, depth=None, depth_max=None, peak=1.0, generator=None):
     image from the generator. peak: rain's alone, as in rain_streaks; of a rain field larger than x,
     the upper left corner is used, normalised with the rest.
     """
-    drawn = {name: value.to(x.device) for name, value in drawn.items()}
+    drawn = {name: value.to(x.device, non_blocking=True) for name, value in drawn.items()}
     if task == "rain":
         return add_rain(x, rain_streaks(**drawn, peak=peak, size=x.shape[2:]))
     if task == "haze":
         if depth is None:
             depth = torch.cat([depth_prior(*x.shape[2:], generator) for _ in x])
             depth_max = 1.0
-        return add_haze(x, depth.to(x), **drawn, depth_max=depth_max)
+        return add_haze(x, depth.to(x, non_blocking=True), **drawn, depth_max=depth_max)
     return DEGRADATIONS[task](x, **drawn)
 
 
@@ -480,10 +474,37 @@ def degrade(x, task, split="in", depth=None, generator=None):
     return apply(x, task, drawn, depth, generator=generator)
 
 
+# ==================================================================================================
+# Nothing below this line is in the paper: images and depth made of a seed, image and depth files, the
+# cache of decoded images that training reads a crop at a time, writing test sets, the command.
+# ==================================================================================================
+
+# ---- Depth for a photo without a depth map -------------------------------------------------------
+# The paper estimated the depth of its photos with a network (DCNF, as RESIDE did). This stand-in
+# needs no download, but its haze is smoother than theirs.
+
+def prior_knots(generator=None):
+    """Depth as in many outdoor photos: far at the top, near at the bottom, gently uneven.
+
+    Returns (1,1,8,8) in (0,1], 1 at the farthest: knots spread evenly over the image, from corner
+    to corner.
+    """
+    kind = dict(dtype=torch.float32, device="cpu")
+    down = torch.linspace(1, 0.2, 8, **kind)[:, None]                             # (8,1)
+    knots = down + 0.15 * torch.randn(8, 8, generator=generator, **kind)          # (8,8)
+    return (knots / knots.max()).clamp_min(0.05)[None, None]
+
+
+def depth_prior(height, width, generator=None):
+    """prior_knots enlarged to an image's size: (1,1,H,W) in (0,1]."""
+    knots = prior_knots(generator)
+    return F.interpolate(knots, (height, width), mode="bilinear", align_corners=True)
+
+
 # ---- Dead leaves: images with true depth, from a seed alone --------------------------------------
-# Not in the paper: it stands in for photos where there are none, so that training, tests and demos
-# need no download. A scene is painted from far to near, each shape over what lies behind it, as
-# leaves fall on leaves; so each pixel's depth is known, which haze needs and photos lack.
+# They stand in for photos where there are none, so that training, tests and demos need no download.
+# A scene is painted from far to near, each shape over what lies behind it, as leaves fall on
+# leaves; so each pixel's depth is known, which haze needs and photos lack.
 
 # Natural colours (RGB): sky, water, foliage, grass, soil, rock, sand, wood, brick, skin, petals.
 _PALETTE = np.array([
@@ -619,73 +640,73 @@ def dead_leaves(height, width, generator):
     return image, torch.from_numpy(depth)[None, None]
 
 
-# ==================================================================================================
-# Nothing below this line is in the paper: image files, depth files, the cache of decoded images
-# that training reads a crop at a time, writing test sets, the command line.
-# ==================================================================================================
-
 # ---- Image files ---------------------------------------------------------------------------------
 
 SUFFIXES = ".png .jpg .jpeg .jfif .webp .avif .gif .bmp .tif .tiff .ppm .pgm .tga".split()
+# Pillow's names of these formats. It knows dozens more; none of their decoders is let at a file.
+DECODERS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
+
+# What EXIF's orientation tag, 1 to 8, asks for. 1: the picture is upright as it is.
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
 
 
-def _to_8_bits(image, notes):
-    """A deep grey image -> 8 bits. White is a matter of the type, never of the numbers, or a dark
-    picture would come out bright: 1 for floats; 65535 for integers, of 32 bits, too, as these
-    mostly hold what a camera or scanner gave in 16."""
-    values = np.asarray(image, dtype=np.float64)
-    white = 1 if image.mode == "F" else 65535
-    notes.append(f"read as 8 bits, white is {white}")
-    if not ((values >= 0) & (values <= white)).all():                 # nor is NaN
-        notes.append(f"clipped to 0..{white}, as some numbers are not")
-    values = np.nan_to_num(values)
-    grey = Image.fromarray(np.clip(values / white * 255 + 0.5, 0, 255).astype(np.uint8))
-    clear = image.info.pop("transparency", None)                      # the one value that is clear
-    if clear is not None:
-        grey.putalpha(Image.fromarray(np.uint8(values != clear) * np.uint8(255)))
-    grey.info = image.info
-    return grey
+def _upright(image):
+    """The picture as it was seen, a copy. Of the EXIF data nothing else is read: odd values, which
+    cameras and editors do write, must not make a whole photograph unreadable."""
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image.copy() if turn is None else image.transpose(turn)
 
 
-def _decode(image):
-    """An opened image -> (the same in memory, upright and in 8 bits, notes on what was changed).
-    Its mode is 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr: what is transparent has an A."""
-    notes = []
-    if getattr(image, "n_frames", 1) > 1:
-        notes.append("the first of its frames")
-    # Of 16-bit colour Pillow keeps 8 bits and says "RGB"; what it tells its decoder betrays it, as
-    # "RGB;16B" or, for PPM, ("RGB", 65535).
-    told = " ".join(str(tile.args) for tile in image.tile)
-    deep = ";16" in told or ", 65535)" in told
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = _to_8_bits(image, notes)
-    elif deep:
-        notes.append("read as 8 bits")
-        if "transparency" in image.info:               # a colour of 16 bits, which has become 8
-            image.info["transparency"] = tuple(v >> 8 for v in image.info["transparency"])
-    image.load()
+def _in_colour(image):
+    """A picture of 8 bits -> mode 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr; what is
+    transparent has an A."""
     if image.has_transparency_data:                    # an A, or a colour or palette entry
-        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
-    elif image.mode in ("P", "LAB"):
-        image = image.convert("RGB")                   # LAB's profile gives way to sRGB's
+        clear = image.info.get("transparency")
+        if isinstance(clear, tuple) and max(clear) > 255:       # of 16 bits; the colours are of 8
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+        return image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+    if image.mode not in ("1", "L", "RGB", "CMYK", "YCbCr"):    # P, LAB (its profile becomes sRGB)
+        return image.convert("RGB")
+    return image
+
+
+def _decode(file):
+    """An opened image file -> (the picture in memory, upright and of 8 bits, notes on it). Raises
+    ValueError for grey of more bits, since the numbers alone don't tell what white is."""
+    if file.mode in ("I", "F") or file.mode.startswith("I;"):
+        raise ValueError(f"grey of more than 8 bits or floats ({file.mode}): which number is white "
+                         "can't be told; save it as 8 bits first, numpy.uint8(255 * array / white)")
+    file.load()
+    image, notes = _in_colour(_upright(file)), []
+    # Asked for last, as it moves on in the file; counting all its frames could take a minute.
+    with contextlib.suppress(Exception):
+        file.seek(1)
+        notes.append("the first of its frames")
     return image, notes
 
 
 def open_image(path):
-    """An image file, decoded, upright by its EXIF tag: (PIL image, notes on what was changed).
-    Raises ValueError with one line that names the file and what is wrong with it."""
+    """An image file, decoded, upright by its EXIF tag: (PIL image, notes on what was passed over).
+    Of 16-bit colour, Pillow keeps the upper 8 bits. Raises ValueError with one line that names the
+    file and what is wrong with it."""
+    # Whole photographs hold more text, or larger profiles, than Pillow takes. Both stay bounded.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")            # what matters is said below, in one line
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _decode(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: {error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
-                         "(eval.py: --max-pixels N)") from None
+        with Image.open(path, formats=DECODERS) as file:
+            pixels, most = math.prod(file.size), Image.MAX_IMAGE_PIXELS or math.inf
+            if pixels > most:                          # Pillow itself only warns, up to twice that
+                raise Image.DecompressionBombError(f"{pixels} pixels, more than {most}.")
+            return _decode(file)
     except Exception as error:     # torn and forged files lead decoders to any kind: no list of
         reason = " ".join(str(error).split()) or type(error).__name__         # them stays complete
+        if isinstance(error, Image.DecompressionBombError):
+            reason += (" If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS (eval.py: "
+                       "--max-pixels N)")
         raise ValueError(f"{path}: not a readable image ({reason})") from None
 
 
@@ -701,7 +722,7 @@ def read_image(path):
 
 def to_tensor(image):
     """(H,W,3) uint8 -> (1,3,H,W) float32 in [0,1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(torch.float32) / 255
 
 
 def to_image(x):
@@ -710,30 +731,52 @@ def to_image(x):
     return (x * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
+def short_name(name, most=200):
+    """A name made of others, if need be cut to what file systems take (255 bytes, with endings):
+    its beginning and a fingerprint of all of it, so that two long names stay two."""
+    if len(os.fsencode(name)) <= most:
+        return name
+    cut = os.fsencode(name)[:most - 17].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
 @contextlib.contextmanager
 def whole_file(path):
-    """A name to write to, which becomes `path` when all is written: who is killed or out of disk
-    half-way leaves no torn file behind that would later be taken for whole.
+    """An open binary file to write to, which becomes `path` when all is written and on the disk.
+
+    Whatever happens half-way - a full disk, a kill, a power cut - `path` stays what it was: no torn
+    file is left that would later be taken for a whole one.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{os.getpid()}-{path.name[:40]}.tmp")      # short in any case
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    unfinished = path.with_name(f".{writer}-{path.name[:40]}.tmp")           # short in any case
     try:
-        yield unfinished
-        os.replace(unfinished, path)                   # atomic on one disk
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                    # the disk has it before the name says so
+        try:
+            os.replace(unfinished, path)               # atomic on one disk
+        except PermissionError:                        # Windows: a virus scanner is reading `path`
+            time.sleep(0.5)
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_image(path, image):
-    """Writes a PNG whole or not at all, and leaves one that is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
-            Image.fromarray(image).save(unfinished, format="PNG")
+    """Writes (H,W,3) uint8 as a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
-def _say_aside(text):
-    print(text, file=sys.stderr)                       # so that a table can be redirected
+def progress(text):
+    """Says a line aside, on stderr, so that a table on stdout can be redirected. Where nobody can
+    hear it (a window without a terminal, a closed pipe), work goes on in silence."""
+    if sys.stderr is not None:                         # print would take None for stdout
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def require_folder(folder):
@@ -761,7 +804,7 @@ def _files_below(folder, entered):
     return sorted(files)
 
 
-def list_images(folders, say=_say_aside):
+def list_images(folders, say=progress):
     """All images below the folders, those of each sorted; other files are counted, and some of them
     named, in one line. Raises ValueError for no images or a missing folder."""
     files, others, entered = [], [], set()
@@ -780,6 +823,73 @@ def list_images(folders, say=_say_aside):
     return files
 
 
+# ---- Depth files ---------------------------------------------------------------------------------
+
+def read_depth(path):
+    """Depth map, (h,w) float32, larger is farther: .npy, or grey .png of 8 or 16 bits. Raises
+    ValueError with one line that names the file and what is wrong with it."""
+    try:
+        if path.suffix.lower() == ".npy":
+            depth = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path, formats=("PNG",)) as image:
+                depth = np.asarray(image) if image.mode[0] in "LI" else None       # I: 16 bits
+        if depth is None or depth.ndim != 2 or depth.dtype.kind not in "fiu":
+            raise ValueError("expected one channel of numbers")
+        depth = np.ascontiguousarray(depth, np.float32)
+        if not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
+            raise ValueError("expected finite numbers, none negative, some positive")
+        return depth
+    except Exception as error:                         # as in open_image
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a readable depth map ({reason})") from None
+
+
+def nfc(name):
+    """A name in its composed spelling: macOS writes é as e and an accent, which is the same name.
+    """
+    return unicodedata.normalize("NFC", str(name))
+
+
+def find_depths(folders, depth_folder, say=progress):
+    """{image path: depth map path or None} for all images below the folders.
+
+    A map is an image's if it has the same path below its folder, but for the ending (or the same
+    with the image folder's name before it), else if it has the same stem. Raises ValueError where
+    an image has no map or might have two, and where two images would share one.
+    """
+    files = list_images(folders, say)
+    if depth_folder is None:
+        return dict.fromkeys(files)
+    maps = {}                                          # by path, a Path, and by stem, a str
+    for path in _files_below(depth_folder, set()):
+        if path.suffix.lower() in (".npy", ".png"):
+            below = Path(nfc(path.relative_to(depth_folder).with_suffix("")))
+            for key in (below, nfc(path.stem)):
+                maps.setdefault(key, []).append(path)
+    users = {}
+    for path in files:
+        folder = next(folder for folder in folders if path.is_relative_to(folder))
+        below = Path(nfc(path.relative_to(folder).with_suffix("")))
+        named = Path(nfc(Path(folder).name), below)    # with the image folder's name before it
+        fits = maps.get(below) or maps.get(named) or maps.get(nfc(path.stem))
+        if fits is None:
+            raise ValueError(f"{depth_folder}: no depth map for {path.name} ({path})")
+        users.setdefault(fits[0], []).append(path)
+        for rivals in (fits, users[fits[0]]):          # two maps for an image; two images for a map
+            if len(rivals) > 1:
+                raise ValueError(f"--depth {depth_folder}: {rivals[0]} and {rivals[1]} have the "
+                                 "same name; give each map its image's path below its folder")
+    return {path: depth for depth, (path,) in users.items()}
+
+
+def read_photo(path, depth_path=None):
+    """(image (H,W,3) uint8, depth (h,w) float32 or None). Raises ValueError as its parts do."""
+    return read_image(path), None if depth_path is None else read_depth(depth_path)
+
+
+# ---- Many files at a time ------------------------------------------------------------------------
+
 def clock(seconds):
     """Seconds in words: 89 s, 2 min, 1 h 05 min."""
     minutes = round(seconds / 60)
@@ -793,415 +903,257 @@ def time_left(start, done, total):
     return f"{clock((time.monotonic() - start) / done * (total - done))} left"
 
 
-# ---- Depth files ---------------------------------------------------------------------------------
+def usable_cores():
+    """How many cores this process may use: fewer than there are where a job was given a part."""
+    if hasattr(os, "sched_getaffinity"):               # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-def read_depth(path):
-    """Depth map, (h,w) float32, larger is farther: .npy, 8- or 16-bit .png, .mat (`data_obj`).
-    Raises ValueError with one line that names the file and what is wrong with it."""
+
+def _run_all(jobs, say, doing):
+    """Does all jobs, {key: (function, its arguments)}, in threads. Returns {key: result} and, where
+    a ValueError came, {key: its text}, as they ended. Says how far it is.
+
+    Threads suffice, because Pillow's decoders and torch's and numpy's loops let others run; unlike
+    processes, they need no copy of the program and end with it. More than 16 would mostly wait for
+    each other. Each computes on one core, so that results don't depend on the machine's number.
+    Ctrl-C, or any other error, lets the jobs at work end and begins no others.
+    """
+    done, bad, start, cores = {}, {}, time.monotonic(), torch.get_num_threads()
+    every = max(len(jobs) // 20, 25)
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(usable_cores(), 16))
     try:
-        if path.suffix.lower() == ".npy":
-            depth = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() == ".mat":
-            from scipy.io import loadmat               # nothing else here needs SciPy
-            depth = loadmat(path)["data_obj"]
-        else:
-            with Image.open(path) as image:
-                depth = np.asarray(image)
-        depth = np.asarray(depth, np.float32)
-        if depth.ndim != 2 or not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
-            raise ValueError("expected one channel of numbers, none negative, some positive")
-        return depth
-    except Exception as error:                         # as in open_image; or there is no SciPy
-        raise ValueError(f"{path}: not a readable depth map ({error})") from None
-
-
-def find_depths(folders, depth_folder, say=_say_aside):
-    """{image path: depth map path or None} for all images below the folders.
-
-    A map is an image's if it has the same path below its folder, but for the ending (or the same
-    with the image folder's name before it), else if it has the same stem. Raises ValueError where
-    an image has no map or might have two, and where two images would share one.
-    """
-    files = list_images(folders, say)
-    if depth_folder is None:
-        return dict.fromkeys(files)
-    maps = {}                                          # by path, a Path, and by stem, a str
-    for path in _files_below(depth_folder, set()):
-        if path.suffix.lower() in (".npy", ".png", ".mat"):
-            for key in (path.relative_to(depth_folder).with_suffix(""), path.stem):
-                maps.setdefault(key, []).append(path)
-    users = {}
-    for path in files:
-        folder = next(folder for folder in folders if path.is_relative_to(folder))
-        below = path.relative_to(folder).with_suffix("")
-        named = Path(Path(folder).name, below)         # with the image folder's name before it
-        fits = maps.get(below) or maps.get(named) or maps.get(path.stem)
-        if fits is None:
-            raise ValueError(f"{depth_folder}: no depth map for {path.name} ({path})")
-        users.setdefault(fits[0], []).append(path)
-        for rivals in (fits, users[fits[0]]):          # two maps for an image; two images for a map
-            if len(rivals) > 1:
-                raise ValueError(f"--depth {depth_folder}: {rivals[0]} and {rivals[1]} have the "
-                                 "same name; give each map its image's path below its folder")
-    return {path: depth for depth, (path,) in users.items()}
-
-
-# ---- A crop of a depth map, enlarged -------------------------------------------------------------
-# A training crop needs a small part of the enlarged depth, and the maximum of all of it. What
-# follows computes just that, so that a crop from a large photo takes no longer.
-
-def _pixels_among(knots, pixels, corners):
-    """Where each of `pixels` lies on the axis 0 .. knots - 1: (pixels,). As F.interpolate does, it
-    rounds the scale to float32, then the result: exact places would change depth by up to 3e-5."""
-    at = torch.arange(pixels, dtype=torch.float64)
-    if corners:                                    # the first and the last pixel lie on knots
-        return (at * float(np.float32((knots - 1) / max(pixels - 1, 1)))).float()
-    return ((at + 0.5) * float(np.float32(knots / pixels)) - 0.5).clamp_min(0).float()
-
-
-def _between(depth, y, x):
-    """Bilinear: depth (h,w) at rows y and columns x, which may be fractions: (len(y),len(x))."""
-    for axis, at in enumerate((y, x)):
-        low = at.long()
-        high = (low + 1).clamp_max(depth.shape[axis] - 1)
-        share = (at - low).unsqueeze(1 - axis)                           # (len(y),1) or (1,len(x))
-        depth = torch.lerp(depth.index_select(axis, low), depth.index_select(axis, high), share)
-    return depth
-
-
-def _outermost(at):
-    """Of the pixels of each cell, from a knot to the next, the first and the last."""
-    changes = at.floor().diff() > 0                # whether pixels i and i + 1 are of two cells
-    yes = changes.new_ones(1)
-    first, last = torch.cat((yes, changes)), torch.cat((changes, yes))
-    return at[first | last]
-
-
-def enlarged_crop(depth, size, top, left, edge, corners=False):
-    """A part of F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the
-    rest: rows top .. top + edge - 1, columns likewise, less where `size` ends; (1,1,edge,edge).
-    depth: (1,1,h,w)."""
-    y = _pixels_among(depth.shape[2], size[0], corners)[top:top + edge]
-    x = _pixels_among(depth.shape[3], size[1], corners)[left:left + edge]
-    first = int(x[0])                              # of the columns that the crop lies among
-    return _between(depth[0, 0, :, first:int(x[-1]) + 2], y, x - first)[None, None]
-
-
-def enlarged_maximum(depth, size, corners=False):
-    """The maximum of all that enlarged_crop is a part of, (1,).
-
-    Within a cell, four knots, the surface is straight along either axis. So the highest pixel is
-    one of the four outermost: at most 4 h w to look at, however large the image is.
-    """
-    y = _outermost(_pixels_among(depth.shape[2], size[0], corners))
-    x = _outermost(_pixels_among(depth.shape[3], size[1], corners))
-    return _between(depth[0, 0], y, x).amax()[None]
+        keys = {pool.submit(*job): key for key, job in jobs.items()}
+        for count, future in enumerate(as_completed(keys), 1):
+            try:
+                done[keys[future]] = future.result()
+            except ValueError as error:
+                bad[keys[future]] = str(error)
+            if count % every == 0 or count == len(jobs):
+                say(f"{doing}: {count} of {len(jobs)}, {time_left(start, count, len(jobs))}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+    return done, bad
 
 
 # ---- The cache: decoded images, of which a crop is read without the rest -------------------------
 # A training crop is a small part of a photo, but a PNG or JPEG file can only be decoded as a whole.
-# So each is decoded once, into an .npy file that is mapped into memory.
+# So each is decoded once, into an .npy file, of which a crop's rows are mapped into memory.
 #
-# An item is (name, maker, arguments): maker(*arguments) gives (image (H,W,3) uint8, depth (h,w)
+# An item is (name, maker, arguments): maker(*arguments) gives (image (H,W,C) uint8, depth (h,w)
 # float32 or None), and the name changes when the content would.
 
 def _make_leaves(edge, seed):
-    image, depth = dead_leaves(edge, edge, torch.Generator().manual_seed(seed))
+    image, depth = dead_leaves(edge, edge, torch.Generator("cpu").manual_seed(seed))
     return to_image(image), depth[0, 0].numpy()
 
 
 def leaf_items(count, edge, seed):
-    """Items: dead leaves, edge x edge pixels, with true depth. The 2 in the name goes up when
-    dead_leaves draws otherwise, so that a cache of older ones is not used."""
-    return [(f"leaves2-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
+    """Items: dead leaves, edge x edge pixels, with true depth. The 3 in the name goes up when what
+    is stored changes, so that a cache of older ones is not used."""
+    return [(f"leaves3-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
             for k in range(count)]
 
 
-def _make_photo(path, depth_path):
-    return read_image(path), None if depth_path is None else read_depth(depth_path)
-
-
 def item_name(stem, *files):
-    """stem-size-fingerprint: the fingerprint is of the files' paths, sizes and times, so that a
-    changed file has another name and is read anew."""
-    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    size = sum(size for _, size, _ in facts)
-    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    """stem-size-fingerprint of what the files hold: so a changed file is read anew, and one that
+    was only moved or copied is not. A file that can't be read will be named when it is decoded."""
+    size, total = 0, hashlib.sha256()
+    for path in files:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+            size += file.tell()
     stem = stem[:40].encode(errors="replace").decode()                 # a name that is not UTF-8
-    return f"{stem}-{size}-{fingerprint}"
+    return f"{stem}-{size}-{total.hexdigest()[:16]}"
 
 
-def photo_items(folders, depth_folder=None, say=_say_aside):
+def photo_items(folders, depth_folder=None, say=progress):
     """Items: the photos below the folders, with their depth maps."""
     items = []
     for path, depth in find_depths(folders, depth_folder, say).items():
         files = [path] if depth is None else [path, depth]
-        items.append((item_name(path.stem, *files), _make_photo, (path, depth)))
+        items.append((item_name(path.stem, *files), read_photo, (path, depth)))
     return items
 
 
-def _head_size(maker, arguments):
-    """(height, width) of an item before it is decoded, from the file's head; (0, 0): unreadable."""
-    if maker is _make_leaves:
-        return arguments[0], arguments[0]
-    try:
-        with Image.open(arguments[0]) as image:
-            lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5       # on its side
-            width, height = image.size
-            if lies and image.format != "TIFF":        # a TIFF's size has been turned by Pillow
-                width, height = height, width
-            return height, width
-    except Exception:                                  # as in open_image
-        return 0, 0                                    # it will be named when it is decoded
+def enlarged_part(depth, size, top, left, edge, corners=False):
+    """Rows top .. top + edge - 1, and columns likewise, as far as there are any, of
+    F.interpolate(depth, size, mode="bilinear", align_corners=corners), without the rest.
 
-
-def _run_all(function, jobs, workers, say, doing, every=1):
-    """Runs function(*arguments) for all jobs, {key: arguments}, in so many processes of one core
-    each, or in this one for 0. Returns {key: result} and, where a ValueError came, {key: its text},
-    in the order of their ends. Says how far it is after every so many jobs."""
-    done, bad, start = {}, {}, time.monotonic()
-    spawn = torch.multiprocessing.get_context("spawn")     # undisturbed by whatever runs here
-    pool = ThreadPoolExecutor(1)                           # starting a process takes seconds
-    if workers:
-        pool = ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,))
-    with pool:
-        keys = {pool.submit(function, *arguments): key for key, arguments in jobs.items()}
-        for count, future in enumerate(as_completed(keys), 1):
-            key = keys[future]
-            try:
-                done[key] = future.result()
-            except ValueError as error:
-                bad[key] = str(error)
-            if count % every == 0:
-                left = time_left(start, count, len(jobs))
-                say(f"{doing}: {count} of {len(jobs)}, {left} ({key})")
-    return done, bad
+    depth: (1,1,h,w); size: (H,W). Returns (1,1,edge,edge) or less. Rounding apart, it is the same:
+    on a map that falls from 1 to 0 between two of 500 knots, to 3e-5.
+    """
+    places = []              # of the part's pixels on the map, whose ends are at -1 and 1
+    for pixels, start in zip(size, (top, left)):
+        pixel = torch.arange(start, min(start + edge, pixels), dtype=torch.float64, device="cpu")
+        # The first and the last pixel lie on the ends; or half a pixel inside, as cells' middles.
+        span = max(pixels - 1, 1)
+        places.append(2 * pixel / span - 1 if corners else (2 * pixel + 1) / pixels - 1)
+    rows, columns = torch.meshgrid(*places, indexing="ij")
+    grid = torch.stack((columns, rows), -1)[None].to(depth)                       # (1,edge,edge,2)
+    return F.grid_sample(depth, grid, padding_mode="border", align_corners=corners)
 
 
 def _store(maker, arguments, target):
-    """Makes an item's arrays and stores them as TARGET.depth.npy and TARGET.npy. The image comes
-    last: where it is, all is."""
+    """Makes an item's arrays and stores them as TARGET.depth.npy and TARGET.npy.
+
+    A depth map is divided by the maximum that it has when enlarged to the image's size: then 1 is
+    the WHOLE image's farthest point, wherever it will be cropped (add_haze). Where there is none,
+    an empty map says so: one that has got lost is not taken for none.
+    """
     image, depth = maker(*arguments)
+    if depth is None:
+        depth = np.zeros((0, 0), np.float32)
+    else:
+        whole = torch.from_numpy(np.array(depth))[None, None]
+        whole = F.interpolate(whole, image.shape[:2], mode="bilinear")
+        depth = depth / max(whole.max().item(), 1e-12)
     for array, suffix in ((depth, ".depth.npy"), (image, ".npy")):
-        if array is not None:
-            with whole_file(f"{target}{suffix}") as unfinished, open(unfinished, "wb") as file:
-                np.save(file, array)
+        with whole_file(f"{target}{suffix}") as file:
+            np.save(file, array)
 
 
-@functools.lru_cache(maxsize=8192)
-def _mapped(path):
-    """An array left on the disk, of which what is used is read. Mapping takes longer than reading
-    a crop, so files stay mapped, which takes no memory. By torch: numpy keeps each file open, and
-    a process may have 1,024 open files, or fewer, but some 65,000 maps."""
-    head = np.load(path, mmap_mode="r")
-    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8).numpy()
-    order = "F" if np.isfortran(head) else "C"             # by columns, as a .mat, or by rows
-    return whole[head.offset:].view(head.dtype).reshape(head.shape, order=order)
-
-
-@functools.lru_cache(maxsize=None)
-def _mapped_maximum(path, size):
-    """enlarged_maximum of a depth map, for which all of it has to be read: once."""
-    return enlarged_maximum(torch.from_numpy(_mapped(path))[None, None], size)
+def _filled(part, edge):
+    """(C,h,w) -> (C,edge,edge): reflected at the bottom and right where it is smaller."""
+    missing = ((0, 0), (0, edge - part.shape[1]), (0, edge - part.shape[2]))
+    return np.pad(part, missing, mode="reflect")
 
 
 class ImageCache:
     """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
 
-    A file that exists is right (see whole_file and the items' names), so that building goes on
-    where it was interrupted. Images that cannot be read or are smaller than `minimum` are skipped.
+    What is there already is used, so that building goes on where it was interrupted. Images that
+    cannot be read or are smaller than `minimum` are skipped, which is said.
     """
-    share = 1                          # samples in a row that are cut from the same image
 
-    def __init__(self, folder, items, minimum, say=print):
+    def __init__(self, folder, items, minimum, say=progress):
         self.folder = Path(folder)
         self.items = {name: (maker, arguments) for name, maker, arguments in items}
         bad = self._build(say)                         # {name: what is wrong with it}
-        self.sizes = {name: self._size(name) for name in self.items if name not in bad}
+        self.sizes = {name: self._open(name).shape[:2] for name in self.items if name not in bad}
         for name, (h, w) in self.sizes.items():
             if min(h, w) < minimum:
                 file = self.items[name][1][0]
                 bad[name] = f"{file}: {w} x {h} pixels, smaller than the crop of {minimum}"
         for reason in bad.values():
             say(f"skipped {reason}")
-        self.names = [name for name in self.items if name not in bad]
+        self.names = [name for name, *_ in items if name not in bad]
         if not self.names:
             raise ValueError(f"no usable image among {len(items)}: {next(iter(bad.values()))}")
 
     def _build(self, say):
-        """Makes what is missing, in parallel if there is much of it. Returns {name: why not}."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        jobs, needed = {}, 0
-        for name, (maker, arguments) in self.items.items():
-            if not (self.folder / f"{name}.npy").exists():
-                jobs[name] = maker, arguments, str(self.folder / name)
-                # 3 bytes of colour a pixel; a leaf's depth, unlike a photo's, is as large: 4 more.
-                pixels = math.prod(_head_size(maker, arguments))
-                needed += pixels * (7 if maker is _make_leaves else 3)
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ValueError(f"{self.folder}: decoded images need {needed / 1e9:.1f} GB, of which "
-                             f"{free / 1e9:.1f} are free; name a larger disk's folder with --cache")
-        workers = min(os.cpu_count() or 1, len(jobs) // 32) if len(jobs) >= 64 else 0
-        every = max(len(jobs) // 20, 25)
-        return _run_all(_store, jobs, workers, say, "preparing images", every)[1]
+        """Makes what is missing or can't be read. Returns {name: why it could not be made}."""
+        jobs = {name: (_store, *item, self.folder / name) for name, item in self.items.items()
+                if not self._is_whole(name)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return _run_all(jobs, say, "preparing images")[1]
+        except OSError as error:                       # numpy's, of a full disk, has no strerror
+            raise ValueError(f"{self.folder}: decoded images can't be stored there "
+                             f"({error.strerror or error}); --cache DIR names another disk's "
+                             "folder") from None
 
-    def _size(self, name):
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r").shape[:2]
+    def _open(self, name, suffix=".npy"):
+        """An array left on the disk, of which what is used is read. The file is closed when the
+        array goes, as a process may have few files open. "c": what would be written stays here."""
+        return np.load(self.folder / f"{name}{suffix}", mmap_mode="c")
+
+    def _is_whole(self, name):
+        """Whether an item's files can be read: after a power cut, or a copy that was interrupted,
+        some are empty, short or garbage."""
+        try:
+            return self._open(name).ndim == 3 and self._open(name, ".depth.npy").ndim == 2
+        except Exception:                              # garbage leads numpy to any kind
+            return False
 
     def __len__(self):
         return len(self.names)
 
     @property
     def identity(self):
-        """What must stay the same when a run goes on: the images' names, sizes and order. The last
-        part of a name, of path and time, may differ: a run survives its data being moved."""
+        """What must stay the same when a run goes on: the images' names, sizes and order."""
         kept = [name.rpartition("-")[0] for name in self.names]
-        row = f", {self.share} samples from one in a row" if self.share > 1 else ""
-        return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}{row}"
+        return f"{len(kept)} images, fingerprint {seeded(*kept).initial_seed():x}"
 
     def size(self, k):
         """(height, width) of image k."""
         return self.sizes[self.names[k]]
 
-    def image(self, k):
-        """(H,W,3) uint8, mapped: only what is used of it is read."""
-        return _mapped(self.folder / f"{self.names[k]}.npy")
-
     def crop(self, k, top, left, edge):
-        """(3,edge,edge) uint8, reflected where the image is smaller."""
-        part = np.array(self.image(k)[top:top + edge, left:left + edge])
-        missing = ((0, edge - part.shape[0]), (0, edge - part.shape[1]), (0, 0))
-        part = np.pad(part, missing, mode="reflect")
-        return torch.from_numpy(part).permute(2, 0, 1)
+        """(C,edge,edge) uint8 numpy array, reflected where the image is smaller."""
+        part = self._open(self.names[k])[top:top + edge, left:left + edge]
+        return _filled(np.array(part.transpose(2, 0, 1), order="C"), edge)
 
-    def depth(self, k):
-        """(1,1,h,w) float32, mapped as images are, or None if the image came without."""
-        path = self.folder / f"{self.names[k]}.depth.npy"
-        return torch.from_numpy(_mapped(path))[None, None] if path.exists() else None
-
-    def depth_max(self, k):
-        """Maximum of the depth enlarged to the image's size, (1,)."""
-        return _mapped_maximum(self.folder / f"{self.names[k]}.depth.npy", self.size(k))
-
-
-@functools.lru_cache(maxsize=2)
-def _decoded(name, maker, arguments):                  # name: a changed file has another
-    return maker(*arguments)
-
-
-class ImageFiles(ImageCache):
-    """The same without a cache: slow, so 16 samples in a row share a decoded image."""
-    share = 16
-
-    def _build(self, say):
-        """Looks at the heads of the files alone. A torn file stops the run, which names it."""
-        return {name: f"{self.items[name][1][0]}: not a readable image"
-                for name in self.items if self._size(name) == (0, 0)}
-
-    def _size(self, name):
-        return _head_size(*self.items[name])
-
-    def image(self, k):
-        return _decoded(self.names[k], *self.items[self.names[k]])[0]
-
-    def depth(self, k):
-        depth = _decoded(self.names[k], *self.items[self.names[k]])[1]
-        return None if depth is None else torch.from_numpy(depth)[None, None]
-
-    def depth_max(self, k):
-        return enlarged_maximum(self.depth(k), self.size(k))
+    def depth_crop(self, k, top, left, edge, generator):
+        """The depth of that crop, (1,edge,edge) float32 numpy array in [0,1], where 1 is the WHOLE
+        image's farthest point. Where the image came without a depth, prior_knots are drawn from the
+        generator."""
+        depth = torch.from_numpy(self._open(self.names[k], ".depth.npy"))[None, None]
+        prior = depth.numel() == 0
+        depth = prior_knots(generator) if prior else depth
+        part = enlarged_part(depth, self.size(k), top, left, edge, corners=prior)
+        return _filled(part[0].numpy(), edge).clip(0, 1)
 
 
 # ---- Writing test sets ---------------------------------------------------------------------------
 
-def _write_versions(path, name, depth_path, out, split, seed):
-    """Writes one image's degraded versions that are not there yet. Returns rows of params.csv."""
-    image, depth = _make_photo(path, depth_path)
+def _write_truth(path, target):
+    """Writes an image as it is: what the restored ones are compared with."""
+    write_image(target, read_image(path))
+
+
+def _write_version(path, depth_path, out, name, split, task, seed):
+    """Writes one degraded version of an image. Returns its row of params.csv."""
+    image, depth = read_photo(path, depth_path if task == "haze" else None)
     x = to_tensor(image)                                                          # (1,3,H,W)
-    if depth is not None:
-        depth = torch.from_numpy(depth)[None, None]                               # (1,1,h,w)
-    write_image(out / "original" / "GT" / f"{name}.png", image)
-    rows = []
-    splits = ("in", "out") if split == "both" else (split,)
-    for which in splits:
-        for task in RANGES[which]:
-            # Each file has a generator of its own: its numbers do not depend on other files.
-            g = seeded(seed, which, task, name)
-            drawn = draw(task, x.shape[2:], which, g)
-            folder = f"single_indis/{task}" if which == "in" else f"single_outbig/{task}_outbig"
-            target = f"{folder}/{name}.png"
-            if not (out / target).exists():
-                if task == "sr":
-                    y = bicubic_x4(x, stored=True)
-                else:
-                    y = apply(x, task, drawn, depth, generator=g)
-                write_image(out / target, to_image(y))
-            numbers = [f"{key}={v.item():g}" for key, v in drawn.items() if v.numel() == 1]
-            rows.append([target, task, which, g.initial_seed(), " ".join(numbers)])
-    return rows
+    # Each file has a generator of its own: its numbers do not depend on other files.
+    g = seeded(seed, split, task, name)
+    drawn = draw(task, x.shape[2:], split, g)
+    if task == "sr":
+        y = bicubic_x4(x, stored=True)
+    else:
+        depth = None if depth is None else torch.from_numpy(depth)[None, None]    # (1,1,h,w)
+        y = apply(x, task, drawn, depth, generator=g)
+    folder = f"single_indis/{task}" if split == "in" else f"single_outbig/{task}_outbig"
+    write_image(out / folder / f"{name}.png", to_image(y))
+    numbers = [f"{key}={value.item():g}" for key, value in drawn.items() if value.numel() == 1]
+    return [f"{folder}/{name}.png", task, split, g.initial_seed(), " ".join(numbers)]
 
 
-_CSV = {"encoding": "utf-8", "errors": "surrogateescape"}     # a name that is no UTF-8 stays itself
-
-
-def _begin_plan(plan, settings):
-    """The first line of params.csv says what its folder holds; the rows follow when all is done.
-    Refuses a folder of other test sets."""
-    before = settings                                  # as an empty folder agrees to any
-    if plan.exists():
-        before = plan.read_text(**_CSV).partition("\n")[0]
-    elif (plan.parent / "original").exists():
-        before = "# not written by degrade.py"
-    if before != settings:
-        raise ValueError(f"--out {plan.parent} holds other test sets ({before[2:]}); name another")
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    plan.write_text(settings + "\n", **_CSV)
-
-
-def _fingerprint(folder, files):
-    """Of the names and bytes of files below a folder: other sources, another fingerprint."""
-    total = hashlib.sha256()
-    for path in files:
-        total.update(os.fsencode(path.relative_to(folder)))
-        with contextlib.suppress(OSError):                 # what can't be read is skipped and said
-            total.update(path.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
+def write_test_sets(folder, out, split, seed, depth_folder=None, say=progress):
     """Degrades all images of a folder into the published test-set layout, with params.csv.
 
-    The same seed gives the same bytes, on any number of cores and after any interruption. Returns
-    the number of images that could not be read.
+    out: a new or an empty folder. The same seed gives the same bytes, on any number of cores.
+    Returns the number of images that could not be read; raises ValueError for what can't be begun.
     """
     out = Path(out)
     if out.resolve().is_relative_to(Path(folder).resolve()):
         raise ValueError(f"--out {out} is inside --images {folder}: its pictures would be taken "
                          "for sources; name a folder beside it")
-    files = find_depths([folder], depth_folder, say)
-    settings = (f"# images {len(files)}, {_fingerprint(folder, files)}, split {split}, "
-                f"seed {seed}, depth {depth_folder or 'prior'}")
-    jobs = {}
-    for path, depth in files.items():
-        name = "_".join(path.relative_to(folder).with_suffix("").parts)     # more/c.png: more_c
-        if name in jobs:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty; name a new folder: test sets never mix")
+    jobs = {}                                          # {(image, set): what writes it there}
+    for path, depth in find_depths([folder], depth_folder, say).items():
+        name = short_name("_".join(path.relative_to(folder).with_suffix("").parts))  # a/b: a_b
+        if (name, "GT") in jobs:
             raise ValueError(f"{path}: another image has this name but for its ending; rename one")
-        jobs[name] = path, name, depth, out, split, seed
-    plan = out / "params.csv"
-    _begin_plan(plan, settings)
-    workers = min(os.cpu_count() or 1, len(jobs))
-    rows, bad = _run_all(_write_versions, jobs, workers, say, "degrading images")
-    with whole_file(plan) as unfinished, open(unfinished, "w", newline="", **_CSV) as file:
-        file.write(settings + "\n")
+        jobs[name, "GT"] = _write_truth, path, out / "original" / "GT" / f"{name}.png"
+        for which in ("in", "out") if split == "both" else (split,):
+            for task in RANGES[which]:
+                jobs[name, which + task] = _write_version, path, depth, out, name, which, task, seed
+    out.mkdir(parents=True, exist_ok=True)
+    rows, bad = _run_all(jobs, say, "degrading images")
+    # A name that is no UTF-8 stays itself, byte by byte.
+    encoding = dict(encoding="utf-8", errors="surrogateescape")
+    with open(out / "params.csv", "w", newline="", **encoding) as file:
         writer = csv.writer(file)
         writer.writerow(["file", "task", "split", "generator_seed", "parameters"])
-        for name in jobs:                                  # in their order, whoever came first
-            writer.writerows(rows.get(name, []))
-    for reason in bad.values():
+        writer.writerows(rows[key] for key in jobs if rows.get(key))
+    for reason in dict.fromkeys(bad.values()):         # an image's sets all fail for one reason
         say(f"skipped {reason}")
-    say(f"{out}: {len(rows)} images; next: python eval.py CKPT --testsets {shlex.quote(str(out))}")
-    return len(bad)
+    return len({name for name, _ in bad})
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -1209,13 +1161,15 @@ def write_test_sets(folder, out, split, seed, depth_folder=None, say=print):
 class OneLineParser(argparse.ArgumentParser):
     """A command line whose complaint is one line that ends the program; its help keeps the lines
     of `description` as they are. From here on all that is printed can be: a character that the
-    terminal does not know, or a file's name that is not UTF-8, becomes \\xff and the like."""
+    terminal does not know, or a file's name that is not UTF-8, becomes \\xff and the like. Pillow's
+    warnings are not shown: what matters is said by open_image, in one line."""
     def __init__(self, prog, description):
         super().__init__(prog, description=description,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):         # a notebook's has not
                 stream.reconfigure(errors="backslashreplace")
+        warnings.filterwarnings("ignore", module="PIL")
 
     def error(self, message):
         if message.startswith("unrecognized"):             # perhaps a typing error
@@ -1225,8 +1179,42 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(f"{self.prog}: {message} (see python {self.prog} --help)")
 
 
+@contextlib.contextmanager
+def ends_in_one_line(program):
+    """Around the work of a command: whatever ends it early is one line and a non-zero exit. What
+    the user can mend (ValueError, OSError, memory) exits with 1, Ctrl-C with 130, kill with 143, as
+    shells expect; a closed pipe, as of `| head`, ends it quietly, with 141. A traceback is a fault
+    of ours.
+    """
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    before = None
+    if threading.current_thread() is threading.main_thread():          # no other may ask for this
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()                         # while a closed pipe can still be handled
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # Python will flush again
+        sys.exit(141)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        progress(f"{program}: stopped by {signal.Signals(number).name}")
+        sys.exit(128 + number)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except (MemoryError, RuntimeError) as error:       # torch says RuntimeError of memory, too
+        if "memory" not in repr(error).lower():
+            raise
+        sys.exit(f"{program}: not enough memory ({' '.join(str(error).split())})")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
 def main(argv=None):
-    """The command. Whatever the user can mend ends in one line and a non-zero exit."""
+    """The command."""
     parser = OneLineParser("degrade.py", description=__doc__)
     add = parser.add_argument
     add("--images", required=True, metavar="DIR", help="pictures to degrade, in any subfolders")
@@ -1235,11 +1223,11 @@ def main(argv=None):
     add("--split", choices=("in", "out", "both"), default="in", help="In-Dis, Out-Dis or both")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        if write_test_sets(args.images, args.out, args.split, args.seed, args.depth):
-            sys.exit(1)
-    except (ValueError, OSError) as error:
-        sys.exit(f"degrade.py: {error}")
+    with ends_in_one_line("degrade.py"):
+        bad = write_test_sets(args.images, args.out, args.split, args.seed, args.depth)
+        print(f"{args.out}: written; next: python eval.py CKPT --testsets {shlex.quote(args.out)}")
+    if bad:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

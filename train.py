@@ -52,9 +52,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, ImageFiles, OneLineParser, apply, clock, draw, enlarged_crop,
-                     enlarged_maximum, item_name, jpeg, leaf_items, photo_items, prior_knots,
-                     read_image, require_folder, seeded, whole_file)
+from degrade import (ImageCache, OneLineParser, apply, clock, draw, item_name, jpeg, leaf_items,
+                     photo_items, read_image, require_folder, seeded, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   read_prompts, task_strips, tune_cpu, validation_pairs)
@@ -291,7 +290,7 @@ def task_of(tasks, t, i, batch):
 def sample(source, tasks, crop, batch, key):
     """Sample i of an iteration's batch, before degradation: a dict of CPU tensors and numbers.
 
-    source: {"photos": ImageCache or ImageFiles; a task: the images of --pairs}, one or both.
+    source: {"photos": ImageCache; a task: the images of --pairs}, one or both.
     crop: edge in pixels. key: (seed, stage, t, i).
     """
     seed, stage, t, i = key
@@ -301,9 +300,8 @@ def sample(source, tasks, crop, batch, key):
         return int(torch.randint(n, (1,), generator=g))
 
     task = task_of(tasks, t, i, batch)
-    # Without a cache, `share` samples in a row come from one image, which is decoded once.
     images = source[task if task in source else "photos"]
-    chooser = seeded(seed, stage, "image", (t * batch + i) // images.share)
+    chooser = seeded(seed, stage, "image", t * batch + i)
     k = int(torch.randint(len(images), (1,), generator=chooser))
     h, w = images.size(k)
     edge = crop + MARGIN
@@ -311,7 +309,7 @@ def sample(source, tasks, crop, batch, key):
         return as_kept(clean_sample(images, k, edge, below), below)
     top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
     item = {"task": task,
-            "canvas": images.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
+            "canvas": torch.from_numpy(images.crop(k, top, left, edge)),                  # (3,edge,edge) of uint8
             "offset": (16 + below(16), 16 + below(16)),
             "turn": below(8)}                                           # of flips and rotations
     if len(item["canvas"]) == 6:                                        # one of --pairs: GT, LQ
@@ -326,17 +324,8 @@ def sample(source, tasks, crop, batch, key):
 def crop_of_depth(images, k, top, left, edge, g):
     """{"depth": (1,1,edge,edge), "depth_max": (1,)} of a haze sample: its part of the image's depth
     map, or, where there is none, of a smooth prior drawn from g; and the maximum of the whole."""
-    depth, (h, w) = images.depth(k), images.size(k)            # (1,1,...), of the map's own size
-    prior = depth is None
-    if prior:
-        depth = prior_knots(g)                                                  # (1,1,8,8)
-        depth_max = enlarged_maximum(depth, (h, w), corners=True)
-    else:
-        depth_max = images.depth_max(k)
-    # Enlarged to the image, but computed inside the crop alone; reflected where the image ends.
-    depth = enlarged_crop(depth, (h, w), top, left, edge, corners=prior)
-    depth = reflect_pad(depth, 0, max(edge - w, 0), 0, max(edge - h, 0))
-    return {"depth": depth, "depth_max": depth_max}
+    depth = torch.from_numpy(images.depth_crop(k, top, left, edge, g))[None]
+    return {"depth": depth, "depth_max": torch.ones(1)}
 
 
 def clean_sample(source, k, edge, below):
@@ -347,7 +336,7 @@ def clean_sample(source, k, edge, below):
     h, w = source.size(k)
     large = max(min(large, h, w), edge)            # no larger than the image, if possible
     top, left = below(max(h - large, 0) + 1), below(max(w - large, 0) + 1)
-    canvas = source.crop(k, top, left, large)
+    canvas = torch.from_numpy(source.crop(k, top, left, large))
     if large > edge:
         canvas = F.interpolate(canvas[None].float(), (edge, edge), mode="bicubic", antialias=True)
         canvas = canvas[0].round().clamp(0, 255).byte()
@@ -641,7 +630,6 @@ class Args:
     print_plan: bool = option(False, "print the schedule and stop")
     # How it is computed: faster or in less memory. What is computed stays the same but for rounding
     # (bf16: 7 bits of mantissa in convolutions and matrix products; weights and Adam stay float32),
-    # and with --cache none, whose samples take turns on images in another order.
     precision: str = option("fp32", "fp32, tf32 or bf16: numbers to compute in; tf32conv: TF32 for "
                             "convolutions alone, as the paper's torch 1.12 did on newer GPUs")
     compile: bool = option(False, "torch.compile the network")
@@ -649,7 +637,7 @@ class Args:
     checkpointing: bool = option(False, "recompute activations going back: less memory, more time")
     accumulate: int = option(1, "split each batch into N parts, one after another: less memory")
     workers: int = option(None, "processes that prepare samples (default: 8 with a GPU, else 0)")
-    cache: str = option(None, "where decoded images go (default: OUT/cache); none: decode anew")
+    cache: str = option(None, "where decoded images go (default: OUT/cache)")
     save_every: int = option(None, "iterations between checkpoints (default: by preset)")
     val_every: int = option(0, "iterations between validations (default: at a stage's end only)")
     device: str = option(None, "default: cuda if there is one", choices=("cuda", "cpu"))
@@ -818,14 +806,14 @@ class Run:
                  "stage": self.stage, "iteration": self.iteration}
         last = self.out / "last.pt"
         try:
-            with whole_file(last) as unfinished:
-                with open(unfinished, "wb") as file:
-                    torch.save(state, file)
+            with whole_file(last) as file:
+                torch.save(state, file)
+                file.flush()
                 # Copied, not renamed: last.pt must not be lacking for a moment.
                 if last.exists():
                     copy_whole(last, self.out / "previous.pt")
                 if keep:
-                    copy_whole(unfinished, self.out / keep)
+                    copy_whole(file.name, self.out / keep)
         except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise self.failed(f"{last}: not saved ({reason})") from None
@@ -869,8 +857,8 @@ class Run:
 
 def copy_whole(source, target):
     """A copy of a file that is there whole or not at all."""
-    with whole_file(target) as unfinished:
-        shutil.copyfile(source, unfinished)
+    with whole_file(target) as file, open(source, "rb") as old:
+        shutil.copyfileobj(old, file)
 
 
 def new_model(args):
@@ -905,7 +893,7 @@ def checkpoints(out):
 
 def open_images(args, say):
     """The images to train on, {"photos": ImageCache of --data, dead leaves or both; a task: that
-    of --pairs}. They are decoded once into a cache beside the run, but with --cache none."""
+    of --pairs}. They are decoded once into a cache beside the run."""
     out, recipe = Path(args.out), args.recipe
     # A run's folder is its memory: nothing is begun on top of it, and nothing goes on without it.
     begun = checkpoints(out)
@@ -920,10 +908,7 @@ def open_images(args, say):
     out.mkdir(parents=True, exist_ok=True)
     for torn in out.glob(".*.tmp"):                    # whole_file's, where a save was killed
         torn.unlink()
-    # Decoded once and read by the rows of a crop, or, to save the disk, decoded again and again.
     folder, kind = args.cache or out / "cache", ImageCache
-    if args.cache == "none":
-        folder, kind = out, ImageFiles
     source = {}
     if args.pairs:
         pairs = pair_items(match_pairs(Path(args.pairs[0]), Path(args.pairs[1])))

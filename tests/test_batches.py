@@ -4,40 +4,32 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import degrade as d
 import train
 from degrade import TASKS
-from mioir import reflect_pad
 
 
 class Flat:
     """A source of one 300 x 300 image whose pixels tell where they came from."""
-    share = 1
 
-    def __init__(self, edge=300, value=None, depth=None):
-        self.map = depth
-        ramp = torch.arange(edge) % 256
-        self.image = torch.stack((ramp[:, None].expand(edge, edge), ramp[None].expand(edge, edge),
-                                  torch.zeros(edge, edge, dtype=torch.long))).byte()
+    def __init__(self, edge=300, value=None):
+        ramp = np.arange(edge) % 256
+        self.image = np.stack((*np.meshgrid(ramp, ramp, indexing="ij"), 0 * np.add.outer(ramp, ramp))).astype(np.uint8)
         if value is not None:
-            self.image = torch.full_like(self.image, value)
+            self.image[:] = value
 
     def __len__(self):
         return 1
 
     def size(self, k):
-        return tuple(self.image.shape[1:])
+        return self.image.shape[1:]
 
     def crop(self, k, top, left, edge):
         return self.image[:, top:top + edge, left:left + edge]
 
-    def depth(self, k):
-        return self.map
-
-    def depth_max(self, k):
-        return d.enlarged_maximum(self.map, self.size(k))
+    def depth_crop(self, k, top, left, edge, generator):
+        return np.ones((1, edge, edge), np.float32)
 
 
 def test_a_sample_depends_on_seed_stage_iteration_and_number_alone():
@@ -76,7 +68,7 @@ def test_jpegs_grid_falls_everywhere_in_the_training_crops():
 
 def test_the_crops_border_has_been_degraded_like_its_middle():
     """Blur and JPEG of the training crop equal those of the whole image, cut out."""
-    whole = Flat().image[None].float() / 255
+    whole = torch.from_numpy(Flat().image)[None].float() / 255
     s = train.sample({"photos": Flat()}, ("blur",), 64, 8, (0, 0, 0, 5))
     s["turn"] = 0
     lq, gt, _ = train.make_batch([s], 64, "cpu")
@@ -90,8 +82,8 @@ def test_the_crops_border_has_been_degraded_like_its_middle():
 def test_rain_of_training_crops_is_as_bright_as_on_whole_images():
     """Mean within 5 % and deviation within 10 % of 2040 x 1356 images' (0.0645 and 0.095)."""
     layers = []
-    for start in range(0, 600, 60):
-        samples = [train.sample({"photos": Flat(value=0)}, ("rain",), 128, 600, (0, 0, 0, i)) for i in range(start, start + 60)]
+    for start in range(0, 400, 10):
+        samples = [train.sample({"photos": Flat(value=0)}, ("rain",), 128, 600, (0, 0, 0, i)) for i in range(start, start + 10)]
         layers.append(train.make_batch(samples, 128, "cpu")[0][:, 0])
     layers = torch.cat(layers)
     assert abs(layers.mean() / 0.0645 - 1) < 0.05
@@ -104,47 +96,41 @@ def test_a_training_batch_is_device_clean():
     assert lq.is_meta and gt.is_meta and task.is_meta
 
 
-class Photo(Flat):
-    """A source of one photo of any size, whose pixels do not matter."""
-
-    def __init__(self, size, depth=None):
-        self.size = lambda k: size
-        self.map = depth
-
-    def crop(self, k, top, left, edge):
-        return torch.zeros(3, edge, edge, dtype=torch.uint8)
+def depth_cache(folder, size, maps):
+    """A cache of one photo of random pixels, with a depth map of a quarter of its size or without."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    depth = rng.random((size[0] // 4, size[1] // 4), np.float32) * 9
+    image = rng.integers(0, 256, (*size, 3), np.uint8)
+    return image, depth, d.ImageCache(folder, [("photo", lambda *_: (image, depth if maps else None), (None,))], 32)
 
 
 @pytest.mark.parametrize("maps", (False, True))
-@pytest.mark.parametrize("size", [(300, 400), (2000, 3000), (100, 90), (40, 60)])
-def test_hazes_depth_is_the_whole_enlargements(size, maps):
-    """As it was computed from the whole photo; the last two sizes are smaller than the canvas."""
-    depth = torch.rand(1, 1, size[0] // 4, size[1] // 4, generator=d.seeded(size)) if maps else None
-    s = train.sample({"photos": Photo(size, depth)}, ("haze",), 64, 8, (0, 0, 0, 0))
-    g = d.seeded(0, 0, 0, 0)
-    top, left = (int(torch.randint(max(n - 112, 0) + 1, (1,), generator=g)) for n in size)
-    offset = tuple(16 + int(torch.randint(16, (1,), generator=g)) for _ in range(2))
-    torch.randint(8, (1,), generator=g)
-    d.draw("haze", (112, 112), "in", g)
-    whole = d.depth_prior(*size, g) if depth is None else F.interpolate(depth, size, mode="bilinear")
-    part = reflect_pad(whole[:, :, top:top + 112, left:left + 112], 0, max(112 - size[1], 0), 0, max(112 - size[0], 0))
-    assert s["offset"] == offset and (s["depth"] - part).abs().max() <= 1e-6
-    assert (s["depth_max"] - whole.amax()).abs() <= 1e-6 and s["depth_max"].shape == (1,)
-
-
-def depth_cache(folder, size):
-    """A cache of one photo with a depth map of a quarter of its size."""
-    folder.mkdir()
-    np.save(folder / "photo.npy", np.zeros((*size, 3), np.uint8))
-    np.save(folder / "photo.depth.npy", np.random.default_rng(0).random((size[0] // 4, size[1] // 4), np.float32))
-    return d.ImageCache(folder, [("photo", None, (None,))], 64)
+@pytest.mark.parametrize("size", [(300, 400), (1000, 1500), (100, 90), (40, 60)])
+def test_a_hazy_crop_is_a_piece_of_the_whole_hazy_picture(tmp_path, size, maps):
+    """Nearly nowhere does a crop hold the farthest point; the last two sizes are smaller than the canvas."""
+    image, depth, cache = depth_cache(tmp_path / "c", size, maps)
+    g, again = d.seeded(5), d.seeded(5)
+    depth = torch.from_numpy(depth)[None, None] if maps else d.depth_prior(*size, again)
+    drawn = {"airlight": torch.tensor([0.9]), "beta": torch.tensor([2.0])}
+    whole = d.apply(d.to_tensor(image), "haze", drawn, depth, None if maps else 1.0)
+    for top, left in ((0, 0), (max(size[0] - 112, 0), max(size[1] - 112, 0))):
+        part = torch.from_numpy(cache.depth_crop(0, top, left, 112, g))[None]
+        crop = torch.from_numpy(cache.crop(0, top, left, 112))[None].float() / 255
+        h, w = min(112, size[0]), min(112, size[1])
+        hazy = d.apply(crop, "haze", drawn, part, 1.0)
+        assert part.shape == (1, 1, 112, 112) and part.min() >= 0 and part.max() <= 1
+        assert (hazy[:, :, :h, :w] - whole[:, :, top:top + h, left:left + w]).abs().max() * 255 < 1.01
+        assert h == 112 or torch.equal(hazy[0, :, h], hazy[0, :, h - 2])            # reflected
+        if not maps:
+            g = d.seeded(5)
 
 
 @pytest.mark.parametrize("maps", (False, True))
 def test_haze_costs_by_the_crop_not_by_the_photo(tmp_path, maps):
     """Measured in turns, so that whatever else runs disturbs both; the fastest of each counts."""
     sizes = ((300, 400), (2000, 3000))
-    sources = {size: depth_cache(tmp_path / str(size[0]), size) if maps else Photo(size) for size in sizes}
+    sources = {size: depth_cache(tmp_path / str(size[0]), size, maps)[2] for size in sizes}
     took = {size: [] for size in sizes}
     for _ in range(15):
         for size, times in took.items():

@@ -1,15 +1,21 @@
-"""The degradations: equal to the published ones, batched, on any device; images and training batches."""
+"""The degradations: equal to the published ones, batched, on any device; files of all kinds, the cache, test sets."""
+import csv
 import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
+import unicodedata
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import degrade as d
 from degrade import RANGES, TASKS
@@ -49,13 +55,11 @@ def test_equals_the_published_degradation(case):
         assert np.abs(layer).mean() <= 1e-3 and np.abs(layer).max() <= 1
 
 
-def test_streaks_added_drop_by_drop_equal_the_correlation():
-    """Which is what a GPU computes."""
-    field = torch.rand(1, 1, 91, 101, generator=d.seeded("drops")) * 256
-    kernel = torch.rand(42, 42, dtype=torch.float64, generator=d.seeded("kernel"))
-    drops = torch.where(field >= 250, field, 0).double()
-    whole = torch.nn.functional.conv2d(drops, kernel[None, None])[0, 0]
-    assert (d._sum_of_streaks(field[0, 0], torch.tensor(250.0), kernel) - whole).abs().max() < 1e-9
+def test_correlation_by_fourier_transforms_equals_the_direct_one():
+    x = torch.rand(2, 1, 91, 101, dtype=torch.float64, generator=d.seeded("drops")) * 256
+    kernel = torch.rand(2, 1, 42, 42, dtype=torch.float64, generator=d.seeded("kernel"))
+    direct = torch.nn.functional.conv2d(x.transpose(0, 1), kernel, groups=2).transpose(0, 1)
+    assert d.correlate(x, kernel).shape == (2, 1, 50, 60) and (d.correlate(x, kernel) - direct).abs().max() < 1e-9
 
 
 def test_jpeg_tables_are_transposed_as_published():
@@ -77,18 +81,29 @@ def test_a_batch_with_mixed_parameters_equals_single_images(task):
     assert torch.equal(together, d.quantize(together))
 
 
-@pytest.mark.parametrize("split", RANGES)
-def test_drawn_parameters_fill_their_ranges_and_nothing_else(split):
-    for task, ranges in RANGES[split].items():
-        drawn = d.draw(task, (4, 4), split, d.seeded(split, task), 4000)
-        for name, (low, high) in ranges.items():
-            values = drawn[name]
-            assert low <= values.min() and values.max() <= high
-            assert values.min() <= low + 0.03 * (high - low) and values.max() >= high - 0.03 * (high - low)
-            decimals = 0 if name in d.STEPS else d.DECIMALS[task]
-            assert torch.allclose(values, torch.round(values, decimals=decimals), atol=1e-5)
-            if name in ("kernel_size", "width"):
-                assert (values % 2 == 1).all()
+# (lowest, highest, step) of what is drawn: Section 4.1 of the paper and the published script.
+BLUR, RAIN = (7, 21, 2), {"width": (3, 11, 2), "length": (20, 40, 1), "angle": (-45, 44, 1)}
+DRAWN = {
+    ("in", "blur"): {"sigma": (1, 3, .01), "kernel_size": BLUR}, ("out", "blur"): {"sigma": (3, 5, .01), "kernel_size": BLUR},
+    ("in", "noise"): {"sigma": (15, 50, 1)}, ("out", "noise"): {"sigma": (50, 70, 1)},
+    ("in", "jpeg"): {"quality": (30, 70, 1)}, ("out", "jpeg"): {"quality": (10, 30, 1)},
+    ("in", "rain"): {"density": (50, 99, 1), **RAIN}, ("out", "rain"): {"density": (100, 149, 1), **RAIN},
+    ("in", "haze"): {"airlight": (.8, 1, .01), "beta": (.5, 2.5, .01)}, ("out", "haze"): {"airlight": (.8, 1, .01), "beta": (2.5, 3, .01)},
+    ("in", "dark"): {"gamma": (1, 3, .01)}, ("out", "dark"): {"gamma": (3, 4, .01)}, ("in", "sr"): {},
+}
+
+
+@pytest.mark.parametrize("split, task", DRAWN)
+def test_what_is_drawn_fills_the_papers_ranges_and_nothing_else(split, task):
+    assert {(s, t) for s in RANGES for t in RANGES[s]} == set(DRAWN)
+    drawn = d.draw(task, (4, 4), split, d.seeded(split, task), 4000)
+    assert set(drawn) - {"field", "noise"} == set(DRAWN[split, task])
+    for name, (low, high, step) in DRAWN[split, task].items():
+        steps = (drawn[name].double().numpy() - low) / step
+        counts = np.bincount(steps.round().astype(int))              # a negative number would be an error
+        assert np.abs(steps - steps.round()).max() < 1e-4 and len(counts) == round((high - low) / step) + 1
+        ends = 1 if task == "rain" or name == "kernel_size" else 0.5    # what is rounded has ends half as often
+        assert 0.3 * ends < np.mean(counts[[0, -1]]) / counts[1:-1].mean() < 1.7 * ends
 
 
 def test_sr_has_no_out_range():
@@ -112,6 +127,42 @@ def test_haze_divides_by_the_whole_images_depth():
     assert torch.allclose(crop, d.quantize(torch.tensor(1 - np.exp(-1.0))).float(), atol=1e-6)
 
 
+class Watch(TorchDispatchMode):
+    """Notes what a GPU would have to wait for, or would compute in TF32."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            raise AssertionError(f"{name} waits for the device")
+        if name in ("mm", "bmm", "baddbmm", "addmm", "convolution") and args[0].dtype != torch.float64:
+            raise AssertionError(f"{name} in {args[0].dtype}")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_data_are_the_same_whatever_the_network_computes_in_and_nothing_waits(task):
+    x, depth = torch.rand(2, 3, 48, 64, generator=d.seeded(1)), torch.rand(2, 1, 8, 8, generator=d.seeded(2))
+    plain = d.apply(x, task, d.draw(task, (48, 64), n=2, generator=d.seeded(3)), depth)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):                                      # a caller's default device
+            drawn = d.draw(task, (48, 64), n=2, generator=d.seeded(3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        again = d.apply(x, task, drawn, depth)
+    assert torch.equal(again, plain) and again.dtype == torch.float32
+
+
+def test_tables_are_made_once_per_device_and_leave_inference_mode():
+    d._jpeg_tables.cache_clear()
+    with torch.inference_mode():
+        d.jpeg(photo(), 40)
+    assert d._jpeg_tables.cache_info().misses == 1 and d._jpeg_tables(torch.device("cpu"))[0].is_inference() is False
+    d.jpeg(photo().requires_grad_(), 40)
+    assert d._jpeg_tables.cache_info().misses == 1
+
+
 # Images ---------------------------------------------------------------------------------------------
 
 def test_dead_leaves_come_from_the_seed_and_look_like_a_scene():
@@ -124,6 +175,15 @@ def test_dead_leaves_come_from_the_seed_and_look_like_a_scene():
     assert len(depth.unique()) > 50                                     # layers, not one plane
     spectra = [spectrum_slope(d.dead_leaves(256, 256, d.seeded(k))[0]) for k in range(12)]
     assert abs(np.mean(spectra) - 2.92) < 0.3       # photos in the README's details: 2.92
+
+
+def test_leaves_fall_from_far_to_near_and_each_run_has_its_own(monkeypatch):
+    depths, paint = [], d._paint_leaf
+    monkeypatch.setattr(d, "_paint_leaf", lambda image, depth, leaf_depth, *more: depths.append(leaf_depth) or paint(image, depth, leaf_depth, *more))
+    d.dead_leaves(96, 96, d.seeded(0))
+    assert depths[0] == pytest.approx(0.75) and 0.05 < depths[-1] < 0.07 and (np.diff(depths) < 0).all()
+    items = [item for seed in range(3) for item in d.leaf_items(800, 512, seed)]
+    assert len({arguments for _, _, arguments in items}) == len({name for name, *_ in items}) == 2400
 
 
 def spectrum_slope(image, lowest=4):
@@ -154,14 +214,12 @@ def test_every_kind_of_file_becomes_rgb(tmp_path):
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
     assert np.abs(d.read_image(tmp_path / "cmyk.tif").astype(int) - rgb).mean() < 3
     assert d.read_image(tmp_path / "palette.png").shape == rgb.shape
-    deep = save(tmp_path / "deep.png", grey.astype(np.uint16) * 257)
-    assert np.array_equal(d.read_image(deep)[:, :, 1], grey)
-    turned = Image.Exif()
-    turned[0x0112] = 6                                                  # the camera was held on its side
-    for name in ("turned.png", "turned.tif"):
-        save(tmp_path / name, rgb, exif=turned)
-        assert np.array_equal(d.read_image(tmp_path / name), np.rot90(rgb, -1))
-        assert d.ImageFiles(tmp_path, [(name, d._make_photo, (tmp_path / name, None))], 20).size(0) == (30, 20)
+    for turn, wanted in ((3, np.rot90(rgb, 2)), (6, np.rot90(rgb, -1)), (7, np.rot90(rgb, 2).transpose(1, 0, 2))):
+        held = Image.Exif()
+        held[0x0112] = turn                                             # how the camera was held
+        for name in ("turned.png", "turned.tif"):
+            save(tmp_path / name, rgb, exif=held)
+            assert np.array_equal(d.read_image(tmp_path / name), wanted)
 
 
 def test_broken_and_small_files_are_named_and_skipped(tmp_path):
@@ -183,43 +241,84 @@ def test_broken_and_small_files_are_named_and_skipped(tmp_path):
         d.ImageCache(tmp_path / "cache", d.photo_items([photos]), 64, said.append)
 
 
-def test_the_cache_gives_the_files_pixels_and_notices_a_changed_file(tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of one photo with a depth map of a quarter of its size, stored by columns."""
     rgb = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
-    (tmp_path / "photos").mkdir()
-    path = save(tmp_path / "photos" / "a.png", rgb)
-    (tmp_path / "depth").mkdir()
-    by_columns = np.asfortranarray(np.arange(1, 441, dtype=np.float32).reshape(20, 22))
-    np.save(tmp_path / "depth" / "a.npy", by_columns)
-    read = lambda: d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "photos"], tmp_path / "depth"), 64)
-    crop = read().crop(0, 10, 20, 48)
-    assert np.array_equal(crop.permute(1, 2, 0).numpy(), rgb[10:58, 20:68])
-    assert read().depth(0).shape == (1, 1, 20, 22) and np.array_equal(read().depth(0)[0, 0], by_columns)
-    save(path, 255 - rgb)
-    assert np.array_equal(read().crop(0, 10, 20, 48), 255 - crop)
+    for name in ("photos", "maps"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "photos" / "a.png", rgb)
+    np.save(tmp_path / "maps" / "a.npy", np.asfortranarray(np.arange(1, 441, dtype=np.float32).reshape(20, 22)))
+    return tmp_path, rgb
 
 
-def test_a_disk_that_is_too_small_is_refused_with_the_space_needed(tmp_path, monkeypatch):
-    (tmp_path / "photos").mkdir()
-    save(tmp_path / "photos" / "a.png", np.zeros((1000, 1000, 3), np.uint8))
-    usage = d.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(d.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    with pytest.raises(ValueError, match="0.003|need 0.0 GB.*--cache"):
-        d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "photos"]), 64)
-    monkeypatch.setattr(d.shutil, "disk_usage", lambda path: usage._replace(free=4_000_000))
-    assert len(d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "photos"]), 64)) == 1
+def cache_of(folder, say=print, cache="cache"):
+    return d.ImageCache(folder / cache, d.photo_items([folder / "photos"], folder / "maps"), 64, say)
 
 
-def test_depth_folders_are_checked(tmp_path):
-    (tmp_path / "photos").mkdir()
-    save(tmp_path / "photos" / "a.png", np.zeros((80, 90, 3), np.uint8))
-    (tmp_path / "depth").mkdir()
+def test_the_cache_gives_the_files_pixels_and_notices_a_changed_file(photos):
+    folder, rgb = photos
+    crop = cache_of(folder).crop(0, 10, 20, 48)
+    assert crop.dtype == np.uint8 and np.array_equal(crop.transpose(1, 2, 0), rgb[10:58, 20:68])
+    save(folder / "photos" / "a.png", 255 - rgb)
+    assert np.array_equal(cache_of(folder).crop(0, 10, 20, 48), 255 - crop)
+    np.save(folder / "maps" / "a.npy", np.full((2, 2), 7.0))
+    depth = cache_of(folder).depth_crop(0, 0, 0, 32, None)
+    assert depth.shape == (1, 32, 32) and depth.dtype == np.float32 and np.allclose(depth, 1)      # 7 is the farthest there is
+
+
+def test_a_cache_is_not_made_anew_because_its_data_moved(photos):
+    folder, _ = photos
+    cache_of(folder)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+    shutil.copytree(folder / "photos", folder / "job" / "photos")      # as each job does that copies data to its disk
+    shutil.copytree(folder / "maps", folder / "job" / "maps", copy_function=shutil.copyfile)
+    (folder / "cache").rename(folder / "job" / "cache")
+    said = []
+    cache_of(folder / "job", said.append)
+    assert {folder / "cache" / path.name: path.stat().st_mtime_ns for path in (folder / "job" / "cache").iterdir()} == before and not said
+
+
+@pytest.mark.parametrize("suffix", (".npy", ".depth.npy"))
+@pytest.mark.parametrize("damage", (lambda b: b"", lambda b: b[:128], lambda b: b[:-1], lambda b: b"PK" + bytes(len(b)), lambda b: None))
+def test_a_torn_cache_file_is_made_anew_and_one_that_vanishes_is_an_error(photos, suffix, damage):
+    folder, rgb = photos
+    whole = cache_of(folder)
+    depth = whole.depth_crop(0, 0, 0, 80, None)
+    file = next(path for path in (folder / "cache").iterdir() if path.name.endswith(suffix) == (suffix in path.name) and
+                (".depth" in path.name) == (".depth" in suffix))
+    torn = damage(file.read_bytes())
+    file.unlink() if torn is None else file.write_bytes(torn)
+    with pytest.raises((OSError, ValueError, EOFError)):
+        whole.crop(0, 0, 0, 80), whole.depth_crop(0, 0, 0, 80, d.seeded(0))                     # never the prior
+    again = cache_of(folder)
+    assert np.array_equal(again.crop(0, 0, 0, 80).transpose(1, 2, 0), rgb[:, :80])
+    assert np.array_equal(again.depth_crop(0, 0, 0, 80, None), depth)
+
+
+def test_a_full_disk_is_one_line_that_names_another(photos, monkeypatch):
+    def full(file, array):
+        raise OSError("1000 requested and 128 written")                 # numpy's words
+    monkeypatch.setattr(d.np, "save", full)
+    with pytest.raises(ValueError, match="^[^\n]*cache: .*1000 requested.*--cache DIR[^\n]*$"):
+        cache_of(photos[0])
+    assert not list((photos[0] / "cache").iterdir())
+
+
+def test_depth_maps_are_checked(photos):
+    folder, _ = photos
+    (folder / "maps" / "a.npy").rename(folder / "maps" / "b.npy")
     with pytest.raises(ValueError, match="no depth map for a.png"):
-        d.photo_items([tmp_path / "photos"], tmp_path / "depth")
-    save(tmp_path / "a.png", np.full((20, 22), 1000, np.uint16))
-    assert d.read_depth(tmp_path / "a.png").max() == 1000
-    (tmp_path / "a.mat").write_bytes(b"")
-    with pytest.raises(ValueError, match="scipy|not a readable"):
-        d.read_depth(tmp_path / "a.mat")
+        cache_of(folder)
+    assert d.read_depth(save(folder / "a.png", np.full((20, 22), 1000, np.uint16))).max() == 1000
+    png = save(folder / "c.png", np.zeros((4, 4, 3), np.uint8))
+    Image.fromarray(np.full((4, 4), 3, np.uint8)).convert("P").save(folder / "p.png")
+    for name, array in (("object", np.array([None])), ("complex", np.ones((2, 2), complex)), ("nan", np.full((2, 2), np.nan)),
+                        ("below", np.full((2, 2), -1.0)), ("zero", np.zeros((2, 2))), ("empty", np.zeros((0, 2))), ("cube", np.ones((2, 2, 2)))):
+        np.save(folder / f"{name}.npy", array)
+    for path in (png, folder / "p.png", *folder.glob("*.npy")):
+        with pytest.raises(ValueError, match=f"^{path}: not a readable depth map [^\n]*$"):
+            d.read_depth(path)
 
 
 # Files of every kind ----------------------------------------------------------------------------------
@@ -239,8 +338,6 @@ def png(path, array, clear=None, bits=16, palette=b""):
 
 RAMP = np.arange(600).reshape(20, 30)               # dark, for 16 bits
 COLOUR = np.dstack((RAMP * 100, RAMP * 50, 60000 - RAMP * 100))
-FLOAT = (RAMP / 599 * 1.004).astype(np.float32)
-HOLE = (np.arange(600).reshape(20, 30) != 7) * 255  # all opaque but one pixel
 EIGHT = RAMP % 256
 
 
@@ -248,46 +345,93 @@ def pillow(array, mode=None):
     return lambda path: Image.fromarray(array, mode).save(path) if mode is None else Image.fromarray(array).convert(mode).save(path)
 
 
-# name: (file, how it is written, what is read (first channel) or None, alpha or None, words of the note)
+# name: (file, how it is written, what is read (first channel) or None, alpha or None)
 KINDS = {
-    "a dark 16-bit PNG": ("x.png", lambda p: png(p, RAMP // 3), RAMP // 3 / 257, None, "read as 8 bits, white is 65535"),
-    "a dark 16-bit TIFF": ("x.tif", pillow((RAMP // 3).astype(np.uint16)), RAMP // 3 / 257, None, "white is 65535"),
-    "32-bit integers": ("x.tif", pillow((RAMP * 100).astype(np.int32)), RAMP * 100 / 257, None, "white is 65535"),
-    "16-bit PGM": ("x.pgm", pillow((RAMP * 100).astype(np.int32)), RAMP * 100 / 257, None, "white is 65535"),
-    "floats a little above 1": ("x.tif", pillow(FLOAT), FLOAT.clip(0, 1) * 255, None, "clipped to 0..1"),
-    "floats": ("x.tif", pillow(FLOAT / 2), FLOAT / 2 * 255, None, "white is 1"),
-    "NaN": ("x.tif", pillow(np.where(RAMP == 7, np.nan, FLOAT / 2).astype(np.float32)), None, None, "clipped"),
-    "16-bit colour": ("x.png", lambda p: png(p, COLOUR), COLOUR[:, :, 0] / 256, None, "read as 8 bits"),
-    "16-bit colour, one clear": ("x.png", lambda p: png(p, COLOUR, struct.pack(">3H", *COLOUR[0, 7])), None, "some", "8 bits"),
-    "16-bit grey, one clear": ("x.png", lambda p: png(p, RAMP, struct.pack(">H", 7)), RAMP / 257, HOLE, "8 bits"),
-    "8-bit grey, one clear": ("x.png", lambda p: png(p, EIGHT, struct.pack(">H", 7), 8), EIGHT, (EIGHT != 7) * 255, ""),
-    "8-bit colour, one clear": ("x.png", lambda p: png(p, COLOUR // 256, struct.pack(">3H", *COLOUR[19, 0] // 256), 8), None,
-                                "some", ""),
+    "16-bit colour": ("x.png", lambda p: png(p, COLOUR), COLOUR[:, :, 0] / 256, None),
+    "16-bit colour, one clear": ("x.png", lambda p: png(p, COLOUR, struct.pack(">3H", *COLOUR[0, 7])), None, "some"),
+    "8-bit grey, one clear": ("x.png", lambda p: png(p, EIGHT, struct.pack(">H", 7), 8), EIGHT, (EIGHT != 7) * 255),
+    "8-bit colour, one clear": ("x.png", lambda p: png(p, COLOUR // 256, struct.pack(">3H", *COLOUR[19, 0] // 256), 8), None, "some"),
     "a palette with alpha": ("x.png", lambda p: png(p, RAMP % 4, b"\x80", 8, bytes(range(12))), RAMP % 4 * 3,
-                             np.where(RAMP % 4 == 0, 128, 255), ""),
-    "AVIF": ("x.avif", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
-    "GIF": ("x.gif", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
-    "JFIF": ("x.jfif", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
-    "TGA": ("x.tga", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
-    "16-bit PPM": ("x.ppm", lambda p: p.write_bytes(b"P6 30 20 65535\n" + COLOUR.astype(">u2").tobytes()), COLOUR[:, :, 0] / 257,
-                   None, "read as 8 bits"),
-    "PPM": ("x.ppm", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None, ""),
+                             np.where(RAMP % 4 == 0, 128, 255)),
+    "16-bit PPM": ("x.ppm", lambda p: p.write_bytes(b"P6 30 20 65535\n" + COLOUR.astype(">u2").tobytes()), COLOUR[:, :, 0] / 257, None),
+    **{suffix: (f"x{suffix}", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None)
+       for suffix in (".jpg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".jfif", ".tga", ".ppm")},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_white_is_a_matter_of_the_type_and_what_is_clear_stays_clear(tmp_path, kind):
-    name, write, first, alpha, words = KINDS[kind]
+def test_every_format_is_read_and_what_is_clear_stays_clear(tmp_path, kind):
+    name, write, first, alpha = KINDS[kind]
     write(tmp_path / name)
     assert d.list_images([tmp_path]) == [tmp_path / name]
     image, notes = d.open_image(tmp_path / name)
-    assert words in ", ".join(notes) and ("clipped" in ", ".join(notes)) == ("clipped" in words)
     if first is not None:
         assert np.abs(d.to_rgb(image)[:, :, 0] - first).max() <= 1
-    assert ("A" in image.getbands()) == (alpha is not None)
+    assert ("A" in image.getbands()) == (alpha is not None) and notes == []
     if alpha is not None:
         found = np.asarray(image.getchannel("A"))
         assert 0 < (found == 0).sum() < 600 if isinstance(alpha, str) else np.array_equal(found, alpha)
+
+
+@pytest.mark.parametrize("name, array", [("a.png", RAMP.astype(np.uint16)), ("b.tif", RAMP.astype(np.uint16)), ("c.tif", RAMP.astype(np.int32)),
+                                         ("d.tif", RAMP.astype(np.float32)), ("e.pgm", RAMP.astype(np.int32))])
+def test_grey_of_more_than_8_bits_is_refused_with_the_mend(tmp_path, name, array):
+    Image.fromarray(array).save(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}: [^\n]*more than 8 bits[^\n]*255 [*] array / white[^\n]*$"):
+        d.read_image(tmp_path / name)
+
+
+def odd_exif(path, rgb):
+    """A turn beside values that can't be written back: a fraction over 0, text where a number should be."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x011A, 5, 1, 50) + struct.pack("<HHI4s", 0x9000, 2, 4, b"\xff\xfe\xfd\xfc")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 3) + tags + struct.pack("<III", 0, 1, 0)
+    save(path, rgb, exif=exif, lossless=True)
+
+
+def many_pages(path, rgb):
+    Image.fromarray(rgb).save(path, save_all=True, append_images=[Image.fromarray(rgb[:9, :9])] * 3)
+
+
+def text_png(kind, data):
+    def write(path, rgb):
+        good = save(path, rgb).read_bytes()
+        path.write_bytes(good[:33] + chunk(kind, b"a\0\0" + zlib.compress(data)) + good[33:])       # after the head
+    return write
+
+
+# What a whole photograph may hold: none of it makes it unreadable.
+ODD = {
+    "EXIF that can't be written": ("x.webp", odd_exif, -1, []),
+    "torn EXIF": ("x.png", lambda p, rgb: save(p, rgb, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12"), 0, []),
+    "two megabytes of text": ("x.png", text_png(b"zTXt", b"A" * 2_000_000), 0, []),
+    "a profile of two megabytes": ("x.png", text_png(b"iCCP", bytes(2_000_000)), 0, []),
+    "four pages": ("x.tif", many_pages, 0, ["the first of its frames"]),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_but_whole_photographs_are_read(tmp_path, monkeypatch, kind):
+    name, write, turns, wanted = ODD[kind]
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(lambda image: pytest.fail("counted all frames")))
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    write(tmp_path / name, rgb)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2 ** 20)      # Pillow's own
+    image, notes = d.open_image(tmp_path / name)
+    assert np.array_equal(d.to_rgb(image), np.rot90(rgb, turns)) and notes == wanted
+
+
+def test_only_the_formats_of_the_readme_are_tried(tmp_path):
+    for kind in ("PCX", "EPS", "SGI", "PNG"):
+        Image.new("RGB", (20, 30)).save(tmp_path / "x.png", kind)
+        if kind != "PNG":
+            with pytest.raises(ValueError, match="x.png: not a readable image"):
+                d.read_image(tmp_path / "x.png")
+    monkey, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 599
+    try:
+        with pytest.raises(ValueError, match="x.png: .*600 pixels, more than 599.*--max-pixels"):
+            d.read_image(tmp_path / "x.png")
+    finally:
+        Image.MAX_IMAGE_PIXELS = monkey
 
 
 def test_a_lab_tiff_is_read_as_its_colours(tmp_path):
@@ -312,7 +456,6 @@ def test_whatever_a_decoder_raises_becomes_one_line(tmp_path, monkeypatch, fault
         d.open_image(tmp_path / "x.png")
     with pytest.raises(ValueError, match="d.npy: not a readable depth map"):
         d.read_depth(tmp_path / "d.npy")
-    assert d._head_size(d._make_photo, (tmp_path / "x.png", None)) == (0, 0)
 
 
 def test_which_files_of_a_folder_are_taken_and_which_are_said(tmp_path, capsys):
@@ -381,37 +524,20 @@ def test_each_image_gets_its_own_depth_map(tmp_path, kind):
     assert [d.read_depth(depth).max() for _, _, (_, depth) in items] == [maps.index(name) + 1 for name in wanted]
 
 
-def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):
-    name = os.fsdecode(b"caf\xe9 \xc3\xa9.png")
+def test_names_in_two_spellings_and_names_too_long_are_the_same_name(tmp_path):
+    (tmp_path / "maps").mkdir()
     (tmp_path / "in").mkdir()
-    save(tmp_path / "in" / name, np.zeros((40, 40, 3), np.uint8))
-    cache = d.ImageCache(tmp_path / "cache", d.photo_items([tmp_path / "in"]), 32)
-    assert cache.crop(0, 0, 0, 32).shape == (3, 32, 32)
-    run = [sys.executable, "degrade.py", "--images", tmp_path / "in", "--out", tmp_path / "sets"]
-    for _ in range(2):                                                  # anew, and going on
-        done = subprocess.run(run, cwd=Path(d.__file__).parent, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and "\\udce9" in done.stdout and "Traceback" not in done.stderr
-    assert all((tmp_path / "sets" / "single_indis" / task / name).exists() for task in TASKS)
-    assert b"caf\xe9 \xc3\xa9" in (tmp_path / "sets" / "params.csv").read_bytes()
-
-
-def test_test_sets_never_mix_with_other_files(tmp_path):
-    (tmp_path / "in").mkdir()
-    save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8))
-    for taken in ("sets/params.csv", "more/original/GT/a.png"):
-        (tmp_path / taken).parent.mkdir(parents=True)
-        (tmp_path / taken).write_bytes(b"")
-        with pytest.raises(SystemExit, match="holds other test sets"):
-            d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / taken.split("/")[0])])
-        assert (tmp_path / taken).read_bytes() == b""
-    command = ["--images", str(tmp_path / "in"), "--out"]
-    assert not d.main([*command, str(tmp_path / "new")]) and not d.main([*command, str(tmp_path / "new")])
-    save(tmp_path / "in" / "a.png", np.ones((40, 40, 3), np.uint8))          # another picture of this name
-    with pytest.raises(SystemExit, match="holds other test sets"):
-        d.main([*command, str(tmp_path / "new")])
-    with pytest.raises(SystemExit, match="is inside --images"):
-        d.main([*command, str(tmp_path / "in" / "sets")])
+    save(tmp_path / "in" / unicodedata.normalize("NFD", "é.png"), np.zeros((40, 40, 3), np.uint8))     # as macOS writes it
+    np.save(tmp_path / "maps" / unicodedata.normalize("NFC", "é.npy"), np.ones((2, 2)))
+    assert [depth.suffix for depth in d.find_depths([tmp_path / "in"], tmp_path / "maps").values()] == [".npy"]
+    long = "日" * 80
+    for k, end in enumerate("ab"):
+        (tmp_path / "deep" / long / long).mkdir(parents=True, exist_ok=True)
+        save(tmp_path / "deep" / long / long / f"{end}.png", np.full((40, 40, 3), k, np.uint8))
+    assert d.write_test_sets(tmp_path / "deep", tmp_path / "sets", "in", 0) == 0
+    names = os.listdir(tmp_path / "sets" / "single_indis" / "sr")
+    assert len(names) == 2 and all(len(os.fsencode(name)) < 255 for name in names) and d.short_name("a" * 200) == "a" * 200
+    assert sorted(names) == sorted(os.listdir(tmp_path / "sets" / "original" / "GT"))
 
 
 MANY = """
@@ -419,30 +545,173 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 sys.path.insert(0, sys.argv[1])
 import degrade as d
-cache = d.ImageCache(sys.argv[2], [(str(k), d._make_photo, (f"{k}.png", None)) for k in range(2000)], 8, print)
-for k in range(2000):
-    assert cache.crop(k, 1, 2, 8)[0, 0, 0] == k % 256
-assert cache.crop(3, 1, 2, 8)[0, 0, 0] == 3
+cache = d.ImageCache(sys.argv[2], [(str(k), d.read_photo, (f"{k}.png", None)) for k in range(600)], 8, print)
+kept = [cache.crop(k, 1, 2, 8) for k in range(600)]
+assert all(crop[0, 0, 0] == k % 256 for k, crop in enumerate(kept))
 """
 
 
-def test_two_thousand_images_under_a_limit_of_256_open_files(tmp_path):
-    for k in range(2000):
+def test_six_hundred_images_under_a_limit_of_256_open_files(tmp_path):
+    for k in range(600):
         np.save(tmp_path / f"{k}.npy", np.full((10, 12, 3), k % 256, np.uint8))
+        np.save(tmp_path / f"{k}.depth.npy", np.zeros((0, 0), np.float32))
     done = subprocess.run([sys.executable, "-c", MANY, str(Path(d.__file__).parent), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-# Enlarged depth ---------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("corners", (False, True))
 @pytest.mark.parametrize("small, size", [((8, 8), (2000, 3000)), ((75, 100), (300, 400)), ((339, 510), (1356, 2040)), ((97, 53), (300, 401)),
                                          ((64, 64), (64, 64)), ((300, 200), (111, 222)), ((1, 1), (50, 40)), ((5, 1), (50, 40))])
-def test_a_crop_of_the_enlarged_depth_equals_the_wholes(small, size, corners):
+def test_a_part_of_the_enlarged_depth_equals_the_wholes(small, size, corners):
     for depth in (torch.rand(1, 1, *small, generator=d.seeded(small)), torch.rand(1, 1, *small, generator=d.seeded(small)).round() + 0.5):
         whole = torch.nn.functional.interpolate(depth, size, mode="bilinear", align_corners=corners)
         for top, left in ((0, 0), (size[0] // 3, size[1] // 4), (max(size[0] - 176, 0), max(size[1] - 176, 0))):
-            crop, highest = d.enlarged_crop(depth, size, top, left, 176, corners), d.enlarged_maximum(depth, size, corners)
-            part = whole[:, :, top:top + 176, left:left + 176]
-            assert crop.shape == part.shape and (crop - part).abs().max() <= 1e-6
-            assert highest.shape == (1,) and (highest - whole.amax()).abs() <= 1e-6
+            crop, part = d.enlarged_part(depth, size, top, left, 176, corners), whole[:, :, top:top + 176, left:left + 176]
+            assert crop.shape == part.shape and (crop - part).abs().max() <= 1e-4
+
+
+# Writing files, and being stopped ---------------------------------------------------------------------
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    steps, replace = [], os.replace
+    monkeypatch.setattr(d.os, "fsync", lambda file: steps.append("on the disk"))
+
+    def held_for_a_moment(old, new):                                    # by a virus scanner
+        steps.append("replaced")
+        if len(steps) == 2:
+            raise PermissionError(13, "in use")
+        replace(old, new)
+    monkeypatch.setattr(d.os, "replace", held_for_a_moment)
+    (tmp_path / "x").write_text("old")
+    with d.whole_file(tmp_path / "x") as file:
+        file.write(b"new")
+        assert (tmp_path / "x").read_text() == "old"
+    assert (tmp_path / "x").read_text() == "new" and steps == ["on the disk", "replaced", "replaced"]
+    with pytest.raises(KeyboardInterrupt), d.whole_file(tmp_path / "x") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "new"
+
+
+def test_what_is_said_aside_never_ends_the_work(capfd, monkeypatch):
+    d.progress("heard")
+    assert capfd.readouterr() == ("", "heard\n")
+    closed = open(os.devnull, "w")
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        d.progress("unheard")
+    assert capfd.readouterr() == ("", "")
+
+
+def run_degrade(folder, *flags, code=None, **options):
+    """The command in a process of its own; code: a script that calls it instead, with no main guard."""
+    root = Path(d.__file__).parent
+    start = [sys.executable, *(["-c", code] if code else [root / "degrade.py"]), "--images", "in", "--out", "sets", *flags]
+    return subprocess.Popen(start, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}, **options)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Seventy noisy pictures, more than anybody would degrade in a second."""
+    (tmp_path / "in").mkdir()
+    for k in range(70):
+        save(tmp_path / "in" / f"{k}.png", np.random.default_rng(k).integers(0, 256, (150, 150, 3), np.uint8))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_stopped_it_ends_at_once_in_one_line_and_leaves_nothing_half_done(pictures, name, code):
+    run = run_degrade(pictures, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while len(list(pictures.glob("sets/single_indis/blur/*.png"))) < 3:
+        assert run.poll() is None
+        time.sleep(0.02)
+    os.kill(run.pid, getattr(signal, name))
+    said = run.communicate(timeout=20)
+    assert run.returncode == code and said[0] == "" and said[1].splitlines()[-1] == f"degrade.py: stopped by {name}"
+    assert "Traceback" not in said[1] and not list(pictures.rglob(".*")) and not (pictures / "sets" / "params.csv").exists()
+    for path in pictures.glob("sets/**/*.png"):
+        Image.open(path).load()
+
+
+def test_a_script_without_a_main_guard_and_a_closed_pipe_do_no_harm(pictures):
+    for path in list((pictures / "in").iterdir())[2:]:
+        path.unlink()
+    run = run_degrade(pictures, code="import sys, degrade; degrade.main(sys.argv[1:])")
+    run.stdout.close()                                                  # as `| head` does
+    said = run.stderr.read()
+    assert run.wait() == 141 and said == "degrading images: 16 of 16, 0 s left\n"
+    assert len(list(pictures.glob("sets/**/*.png"))) == 16 and (pictures / "sets" / "params.csv").exists()
+
+
+# Test sets --------------------------------------------------------------------------------------------
+
+def test_test_sets_hold_what_params_csv_says(tmp_path, monkeypatch):
+    for name in ("in", "maps"):
+        (tmp_path / name).mkdir()
+    for k, name in enumerate("abc"):
+        save(tmp_path / "in" / f"{name}.png", d.to_image(d.dead_leaves(64, 80, d.seeded(k))[0]))
+        np.save(tmp_path / "maps" / f"{name}.npy", np.random.default_rng(k).random((16, 20), np.float32) * 9)
+    d.main(["--images", str(tmp_path / "in"), "--depth", str(tmp_path / "maps"), "--out", str(tmp_path / "sets"), "--split", "both", "--seed", "4"])
+    rows = list(csv.DictReader(open(tmp_path / "sets" / "params.csv")))
+    assert len(rows) == len({row["generator_seed"] for row in rows}) == 39
+    for row in rows:
+        name, written = Path(row["file"]).stem, d.read_image(tmp_path / "sets" / row["file"])
+        x = d.to_tensor(d.read_image(tmp_path / "sets" / "original" / "GT" / f"{name}.png"))
+        number = dict(pair.split("=") for pair in row["parameters"].split())
+        if row["task"] == "haze":
+            depth = torch.from_numpy(np.load(tmp_path / "maps" / f"{name}.npy"))[None, None]
+            y = d.add_haze(x, depth, float(number["airlight"]), float(number["beta"]))
+        elif row["task"] in ("sr", "jpeg", "dark"):
+            y = {"sr": lambda: d.bicubic_x4(x, stored=True), "jpeg": lambda: d.jpeg(x, float(number["quality"])),
+                 "dark": lambda: d.darken(x, float(number["gamma"]))}[row["task"]]()
+        else:
+            y = d.degrade(x, row["task"], row["split"], generator=torch.Generator().manual_seed(int(row["generator_seed"])))
+        assert np.array_equal(d.to_image(y), written)
+    # The same seed gives the same bytes, on one core, too, and another seed others.
+    monkeypatch.setattr(d, "usable_cores", lambda: 1)
+    for seed in (4, 5):
+        d.write_test_sets(tmp_path / "in", tmp_path / str(seed), "both", seed, tmp_path / "maps")
+        assert ((tmp_path / str(seed) / "params.csv").read_bytes() == (tmp_path / "sets" / "params.csv").read_bytes()) == (seed == 4)
+    for path in tmp_path.glob("sets/**/*.png"):
+        assert path.read_bytes() == (tmp_path / "4" / path.relative_to(tmp_path / "sets")).read_bytes()
+
+
+def test_test_sets_never_mix_with_other_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8))
+    for taken in ("sets/params.csv", "more/original/GT/a.png", "file"):
+        (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / taken).write_bytes(b"")
+        with pytest.raises(SystemExit, match="degrade.py: --out .*(sets|more|file) is not empty; name a new"):
+            d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / taken.split("/")[0])])
+        assert (tmp_path / taken).read_bytes() == b""
+    (tmp_path / "new").mkdir()
+    d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="is inside --images"):
+        d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "in" / "sets")])
+
+
+def test_torn_files_are_named_and_the_exit_code_tells(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    good = save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8)).read_bytes()
+    (tmp_path / "in" / "b.png").write_bytes(good[:50])
+    with pytest.raises(SystemExit) as stopped:
+        d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "sets")])
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and said.err.count("b.png: not a readable image") == 1 and "Traceback" not in said.err
+    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7
+
+
+def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):
+    name, out = os.fsdecode(b"caf\xe9 \xc3\xa9.png"), os.fsdecode(b"caf\xe9")
+    (tmp_path / out / "in").mkdir(parents=True)
+    save(tmp_path / out / "in" / name, np.zeros((40, 40, 3), np.uint8))
+    cache = d.ImageCache(tmp_path / out / "cache", d.photo_items([tmp_path / out / "in"]), 32)
+    assert cache.crop(0, 0, 0, 32).shape == (3, 32, 32)
+    run = run_degrade(tmp_path / out, "--out", out)
+    said = run.communicate()
+    assert run.returncode == 0 and "\\udce9" in said[0] and "Traceback" not in said[1]
+    assert all((tmp_path / out / out / "single_indis" / task / name).exists() for task in TASKS)
+    assert b"caf\xe9 \xc3\xa9" in (tmp_path / out / out / "params.csv").read_bytes()

@@ -166,6 +166,13 @@ def test_pictures_stay_what_they_are(files, tmp_path, make, size, mode, model):
     assert np.array_equal(np.asarray(out.convert("RGB")), np.asarray(expected.convert("L").convert("RGB") if "L" in mode else expected))
 
 
+@pytest.mark.parametrize("kind", (np.uint16, np.int32, np.float32))
+def test_grey_of_more_than_8_bits_is_refused_with_the_mend(files, tmp_path, kind):
+    Image.fromarray(PIXELS[:, :, 0].astype(kind)).save(tmp_path / "in.tif")
+    line = refused(files / "ep.pt", "--input", tmp_path / "in.tif", "--output", tmp_path / "out.png", "--task", "haze")
+    assert "in.tif" in line and "more than 8 bits" in line and not (tmp_path / "out.png").exists()
+
+
 @pytest.mark.parametrize("name", ("Größe 東京 ☂.png", "a" * 240 + ".png", "with space.png", "-dash.png",
                                   os.fsdecode(b"caf\xe9.png")))
 def test_unusual_names(files, tmp_path, name):

@@ -175,27 +175,6 @@ def test_training_on_a_folder_of_photos(tmp_path, capsys, tiny):
     assert "torn.png" in said and "from 3 images" in said
 
 
-def test_without_a_cache_the_files_are_read_and_nothing_is_stored(tmp_path, capsys, tiny):
-    (tmp_path / "photos").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 130, 3), dtype=np.uint8)
-    lying = Image.Exif()
-    lying[0x0112] = 6                                    # to be turned by a quarter
-    for name in "abc":
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{name}.jpg", exif=lying)
-    Image.new("RGB", (20, 20)).save(tmp_path / "photos" / "small.png")
-    argv = ["--arch", "srresnet", "--preset", "smoke", "--data", str(tmp_path / "photos"), "--cache", "none",
-            "--out", str(tmp_path / "out")]
-    source = train.open_images(train.parse(argv), print)["photos"]
-    assert source.size(0) == source.image(0).shape[:2] == (130, 60)
-    run(*argv)
-    said = capsys.readouterr().out
-    assert "small.png: 20 x 20 pixels, smaller than the crop" in said and "from 3 images" in said
-    assert not list(tmp_path.rglob("*.npy"))
-    (tmp_path / "photos" / "a.jpg").write_bytes((tmp_path / "photos" / "b.jpg").read_bytes()[:900])
-    with pytest.raises(SystemExit, match="a.jpg"):
-        run(*argv[:-1], tmp_path / "torn")
-
-
 @pytest.mark.parametrize("argv, words", [
     (["--arch", "resnet"], ["resnet", "srresnet"]),
     (["--prompt", "both"], ["both", "ep"]),
