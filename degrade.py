@@ -49,7 +49,7 @@ import torch
 from PIL import ExifTags, Image, PngImagePlugin
 from torch.nn import functional as F
 
-from mioir import TASKS, reflect_pad
+from mioir import TASKS, reflect_pad, refuse_deep_grey
 
 # ---- What is drawn (paper, Section 4.1) ----------------------------------------------------------
 
@@ -678,9 +678,7 @@ def _in_colour(image):
 def _decode(file):
     """An opened image file -> (the picture in memory, upright and of 8 bits, notes on it). Raises
     ValueError for grey of more bits, since the numbers alone don't tell what white is."""
-    if file.mode in ("I", "F") or file.mode.startswith("I;"):
-        raise ValueError(f"grey of more than 8 bits or floats ({file.mode}): which number is white "
-                         "can't be told; save it as 8 bits first, numpy.uint8(255 * array / white)")
+    refuse_deep_grey(file.mode)
     file.load()
     image, notes = _in_colour(_upright(file)), []
     # Asked for last, as it moves on in the file; counting all its frames could take a minute.

@@ -141,11 +141,10 @@ class Backbone(nn.Module):
             # What the images show means nothing, only that they differ; uniform noise, as
             # published. A buffer, so saved: another set of prompts would be another model.
             self.path = PromptPath(1, sites, prompt_width)
-            generator = torch.Generator().manual_seed(0)
-            images = torch.rand(len(TASKS), 128, 128, generator=generator, dtype=torch.float32,
-                                device="cpu")      # whatever the caller's defaults are: one stream
-            self.register_buffer("prompts", images.to(torch.get_default_device(),
-                                                      torch.get_default_dtype()))
+            # (Drawn as float32 on the CPU, so that they are the same whatever defaults torch has.)
+            images = torch.rand(len(TASKS), 128, 128, generator=torch.Generator().manual_seed(0),
+                                dtype=torch.float32, device="cpu")
+            self.register_buffer("prompts", torch.empty(images.shape).copy_(images))
         if prompt == "ap":
             self.path = PromptPath(3, sites, prompt_width)
 
@@ -990,15 +989,20 @@ def to_batch(x, like):
             batch = batch.to(like)
         return batch, lambda y: y.reshape(x.shape).to(x)
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
     if isinstance(x, (str, Path)):
         with Image.open(x) as image:               # a missing or torn file is pillow's to name
             return to_batch(image, like)
     picture = isinstance(x, Image.Image)
     if picture:
         refuse_deep_grey(x.mode)
-        # Cameras store pictures as the sensor lay, and how to turn them in EXIF.
-        x = np.asarray(ImageOps.exif_transpose(x).convert("L" if x.mode == "L" else "RGB"))
+        turn = 1                   # Cameras store pictures as the sensor lay, and how to turn them:
+        with contextlib.suppress(Exception):                   # broken EXIF says nothing
+            turn = x.getexif().get(0x0112, 1)                  # 1 to 8
+        x = np.asarray(x.convert("L" if x.mode == "L" else "RGB"))
+        x = x.swapaxes(0, 1) if turn in (5, 6, 7, 8) else x
+        x = x[::-1] if turn in (3, 4, 7, 8) else x
+        x = x[:, ::-1] if turn in (2, 3, 6, 7) else x
     shape, kind = getattr(x, "shape", ()), str(getattr(x, "dtype", type(x).__name__))
     grey = len(shape) == 2
     if not (grey or shape[2:] == (3,)) or kind not in ("uint8", "float16", "float32", "float64"):
@@ -1020,16 +1024,16 @@ def to_batch(x, like):
 
 
 def refuse_deep_grey(mode):
-    """Raises ValueError for the modes of pillow in which grey has more than 8 bits: I;16, I and F.
-    Where white lies in them the file does not say (12 bits in a file of 16 are common)."""
-    if mode[0] in "IF":
-        raise ValueError(f"grey of more than 8 bits or floats (mode {mode}): where its white lies "
-                         "is not known; save it as 8 bits")
+    """Raises ValueError for the modes of pillow in which grey has more than 8 bits: I, I;16, F. The
+    file does not say what is white there: one of 16 bits often holds 12."""
+    if mode in ("I", "F") or mode.startswith("I;"):
+        raise ValueError(f"grey of more than 8 bits or floats ({mode}): which number is white "
+                         "can't be told; save it as 8 bits first, numpy.uint8(255 * array / white)")
 
 
 def task_tensor(model, task, images):
     """A task as `restore` takes it -> the tensor for model(x, task=task): a LongTensor of rows,
-    (1,) or (N,), or weights, (1,7) or (N,7); or None. ValueError for what is no task of this model."""
+    (1,) or (N,), or weights, (1,7) or (N,7); or None. ValueError for what this model can't take."""
     prompts = getattr(model, "prompts", None)      # plain, "ap" and some foreign networks have none
     count = len(prompts) if torch.is_tensor(prompts) else None
     rows = f"a row, 0 to {(count or len(TASKS)) - 1}"
@@ -1263,7 +1267,7 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
         if info["published"]:
             load_official(model, state, prompts)
         else:
-            _fill(model.state_dict(), state)
+            fill(model.state_dict(), state)
         return model.eval(), info
 
 
@@ -1280,7 +1284,7 @@ def blamed_on(path, reason=None):
         raise ValueError(f"{path}: {reason or f'key {error} is missing'}") from None
     except Exception as error:
         words = str(error).strip() or type(error).__name__
-        raise ValueError(f"{path}: {reason or words.splitlines()[0]}") from None
+        raise ValueError(f"{path}: {reason or words.splitlines()[0][:900]}") from None
 
 
 def model_for(info, state):
@@ -1372,16 +1376,17 @@ def check_sizes(info, state):
             raise ValueError(f"size {name} does not fit its weights")
     with torch.device("meta"):
         model = model_for(info, state)
-    refuse_misfits(model.state_dict(), state)
+    fill(model.state_dict(), state)
     # Tables that are not stored, such as a window's index, must be small beside the weights.
     stored = sum(value.numel() for value in state.values())
     if sum(table.numel() for table in model.buffers()) > 10 ** 7 + 10 * stored:
         raise ValueError("its sizes need tables far larger than its weights")
 
 
-def refuse_misfits(slots, state):
-    """Raises ValueError that names what is missing in state, unexpected or of another shape; slots,
-    {name: tensor}, is what should be there."""
+@torch.no_grad()
+def fill(slots, state):
+    """Copies state into slots, both {name: tensor}. ValueError, and nothing is copied, where a name
+    is missing or unexpected or has another shape. (Slots on the meta device are only compared.)"""
     faults = [f"unexpected {name}" for name in state if name not in slots]
     for name, slot in slots.items():
         if name not in state:
@@ -1391,12 +1396,6 @@ def refuse_misfits(slots, state):
             faults.append(f"mis-shaped {name}: {found}, not {due}")
     if faults:                                     # a wrong model has hundreds: nine are shown
         raise ValueError(f"{len(faults)} weights do not fit the model: {'; '.join(faults[:9])}")
-
-
-@torch.no_grad()
-def _fill(slots, state):
-    """Copies state into slots, both {name: tensor}, once every name and shape has been checked."""
-    refuse_misfits(slots, state)
     for name, slot in slots.items():
         slot.copy_(state[name])
 
@@ -1436,7 +1435,7 @@ def recognise(state):
     """{"arch", "prompt", "sizes", "published"} of weights, told by their keys and shapes: what
     train.py would have stored beside them. ValueError if they are neither ours nor published.
 
-    The paper's sizes are assumed, and _fill refuses any others: keys and shapes tell most of them,
+    The paper's sizes are assumed, and `fill` refuses any others: keys and shapes tell most of them,
     but not the number of heads. Of our classifier the last layer tells whether it knows "none".
     """
     for arch, (ours, theirs) in _MARKS.items():
@@ -1445,11 +1444,10 @@ def recognise(state):
             for value in state.values():
                 if value.shape[2:] == (7, 7):      # F_ext alone has such kernels, (64,1 or 3,7,7)
                     prompt = "ep" if value.shape[1] == 1 else "ap"              # grey, or x
-            none = "head.bias" in state and state["head.bias"].numel() == len(ANSWERS)
+            none = len(state.get("head.bias", [])) == len(ANSWERS)
             return {"arch": arch, "prompt": prompt, "sizes": {"none": True} if none else {},
                     "published": ours not in state}
-    first = ", ".join(map(str, list(state)[:3])) or "nothing"
-    raise ValueError(f"none of the published models: its keys begin with {first}")
+    raise ValueError(f"none of the published models: its keys begin with {', '.join([*state][:3])}")
 
 
 def load_official(model, state_dict, prompts=None):
@@ -1470,7 +1468,7 @@ def load_official(model, state_dict, prompts=None):
             raise ValueError(f"prompts take an array of floats, not of {kind}")
         state["prompts"] = torch.as_tensor(prompts, device="cpu")
     check_weights(state)
-    _fill(slots, state)
+    fill(slots, state)
     return model
 
 

@@ -233,6 +233,7 @@ def test_each_prompt_gives_another_output_and_prompts_come_from_a_fixed_seed():
     assert all((outputs[i] - outputs[j]).abs().max() > 1e-6 for i in range(7) for j in range(i))
     assert torch.equal(model.prompts, small("srresnet", "ep", seed=5).prompts)
     assert model.prompts.shape == (7, 128, 128) and 0 <= model.prompts.min() and model.prompts.max() < 1
+    assert model.prompts[0, 0, :2].tolist() == pytest.approx([0.4963, 0.7682], abs=1e-4)       # torch's first numbers of seed 0
 
 
 @pytest.mark.parametrize("prompt", (None, "ep", "ap"))
@@ -502,6 +503,18 @@ def test_auto_asks_picture_by_picture_and_a_damaged_one_is_never_called_clean():
     assert torch.equal(y[0], x[0])
     assert torch.allclose(y[1:], restore(model, x[1:], torch.tensor([1, 3])), atol=1e-6)
     assert mioir.classify(says("none", 0.9), x[:1], damaged=True)[0] in TASKS
+
+
+def test_our_classifier_looks_at_faint_detail_and_at_the_blocks_that_have_most():
+    classifier, x = mioir.build_classifier(8, none=True), torch.full((1, 3, 9, 9), 0.5)
+    x[0, 0, 4, 4] += 1 / 255                                   # one grey level: 8/9 of it above the mean, half as much in units of two
+    x[0, 1, 0, 0] += 0.5                                       # clipped; a corner has four neighbours, itself among them
+    seen = classifier.look(x)[0]
+    assert torch.equal(seen[:3], x[0]) and seen[3, 4, 4].item() == pytest.approx(4 / 9, abs=1e-3) and seen[4, 0, 0] == 1
+    assert seen[3, 4, 5].item() == pytest.approx(-1 / 18, abs=1e-3) and seen[3, 4, 6] == 0
+    classifier.head = torch.nn.Identity()                      # 32 means over 48 blocks, then 32 means over the highest three
+    found = torch.arange(48.0).expand(1, 32, 48)
+    assert classifier.decide(found)[0].tolist() == [23.5] * 32 + [46.0] * 32
 
 
 @pytest.mark.parametrize("none", (False, True))

@@ -2,17 +2,17 @@
 import io
 import re
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import eval as evaluation
 import mioir
-from degrade import read_image, to_tensor
+from degrade import degrade, read_image, seeded, to_tensor
 from eval import validation_pairs
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -35,12 +35,27 @@ def test_shipped_weights_gain_what_is_stated():
         assert measured[task] == pytest.approx(gain, abs=0.05), task
 
 
+def test_what_any_weights_expect_of_the_code_stays_so():
+    """Whatever the weights: Restormer's pictures are reflected to multiples of 64; noise differs from channel to channel; what is
+    far, at the top, has most haze."""
+    model, _ = mioir.load_model(evaluation.MODEL)
+    x = to_tensor(read_image(ASSETS / "photos" / "coffee.png"))[:, :, :70, :90]
+    with torch.no_grad():
+        by_hand = model(F.pad(x, (0, 38, 0, 58), mode="reflect"), torch.tensor([1]))[:, :, :70, :90]
+    assert torch.equal(mioir.restore(model, x, "noise"), by_hand)
+    noise = degrade(torch.full((1, 3, 90, 90), 0.5), "noise", generator=seeded(1))[0].flatten(1)
+    assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.1
+    haze = degrade(torch.zeros(1, 3, 90, 90), "haze", generator=seeded(1))[0, 0]
+    assert haze[:9].mean() > haze[40:50].mean() > haze[-9:].mean()
+
+
 def test_one_command_restores_the_sample_and_finds_its_task(tmp_path, capsys):
-    start = time.monotonic()
     evaluation.main(["--input", str(ASSETS / "coffee_noisy.png"), "--output", str(tmp_path / "out.png")])
-    assert time.monotonic() - start < 20 and "task noise" in capsys.readouterr().out
+    assert "task noise" in capsys.readouterr().out
     truth, before, after = map(read_image, (ASSETS / "photos" / "coffee.png", ASSETS / "coffee_noisy.png", tmp_path / "out.png"))
     assert evaluation.psnr(after, truth) > evaluation.psnr(before, truth) + 3
+    model, _ = mioir.load_model(evaluation.MODEL)              # from Python the same, with the classifier that ships
+    assert np.array_equal(np.asarray(mioir.restore(model, ASSETS / "coffee_noisy.png", "auto")), after)
 
 
 def test_the_shipped_classifier_knows_the_sample_photos():
