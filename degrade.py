@@ -46,10 +46,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 
-from mioir import TASKS, reflect_pad, refuse_deep_grey
+from mioir import TASKS, reflect_pad, refuse_deep_grey, upright
 
 # ---- What is drawn (paper, Section 4.1) ----------------------------------------------------------
 
@@ -646,21 +646,6 @@ SUFFIXES = ".png .jpg .jpeg .jfif .webp .avif .gif .bmp .tif .tiff .ppm .pgm .tg
 # Pillow's names of these formats. It knows dozens more; none of their decoders is let at a file.
 DECODERS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 
-# What EXIF's orientation tag, 1 to 8, asks for. 1: the picture is upright as it is.
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}
-
-
-def _upright(image):
-    """The picture as it was seen, a copy. Of the EXIF data nothing else is read: odd values, which
-    cameras and editors do write, must not make a whole photograph unreadable."""
-    turn = None
-    with contextlib.suppress(Exception):
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image.copy() if turn is None else image.transpose(turn)
-
 
 def _in_colour(image):
     """A picture of 8 bits -> mode 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr; what is
@@ -680,7 +665,7 @@ def _decode(file):
     ValueError for grey of more bits, since the numbers alone don't tell what white is."""
     refuse_deep_grey(file.mode)
     file.load()
-    image, notes = _in_colour(_upright(file)), []
+    image, notes = _in_colour(upright(file)), []
     # Asked for last, as it moves on in the file; counting all its frames could take a minute.
     with contextlib.suppress(Exception):
         file.seek(1)

@@ -1,19 +1,22 @@
 """Train one network for seven restoration tasks: mixed or sequential, with or without a prompt.
 
-    python train.py --arch restormer --seq --prompt --preset demo     # minutes on two CPU cores
-    python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe, on a GPU
+    python train.py --arch restormer --seq --prompt                   # small: minutes on a CPU
+    python train.py --arch restormer --seq --prompt --data DF2K       # the paper's recipe: a GPU
     python train.py --arch restormer --seq --prompt --data DF2K --resume    # go on where it stopped
-    torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K  # on two GPUs
-    python train.py --arch classifier --data DF2K                   # names the task for "ep" models
+    torchrun --nproc_per_node 2 train.py --arch swinir --data DF2K    # on two GPUs
+    python train.py --arch classifier --data DF2K                     # names the task for "ep"
 
-One command runs the whole schedule. OUT receives last.pt (the newest state), previous.pt, one file
-per stage, log.jsonl, table.md and .png (PSNR by stage and task), curves.png and strips.png.
-The same seed on the same machine gives the same bits, also to a run that was killed and resumed.
+One command runs the whole schedule. OUT receives last.pt (the newest state), one file per stage,
+log.jsonl, table.md and .png (PSNR by stage and task), curves.png and strips.png. On a CPU the same
+seed gives the same bits, also to a run that was killed and resumed; on a GPU, whose sums come in
+any order, the same numbers but for rounding.
 
 Glossary
     iteration t    one step of the optimiser on one batch; counted from 0 within its stage
     period         iterations of one cosine of the learning rate
-    stage          a set of tasks and the periods it is trained for; a mixed run has one stage
+    stage          a set of tasks and the periods it is trained for
+    schedule       the list of stages; of a mixed run it has one
+    run            one training, from the first stage to the last, however often it is interrupted
     batch          samples of one iteration over all processes; a part of it: --accumulate
     raw, EMA       the weights as the optimiser leaves them, and their running average
     lq, gt         degraded and true crops, (N,3,crop,crop) in [0,1]; task: rows of TASKS, (N,)
@@ -22,43 +25,48 @@ Details that are easily missed, each explained where it is done
     1. the learning rate restarts one iteration late, as published              lr_at
     2. at a new stage Adam starts anew; the average of the weights does not     run_stages
     3. large canvases are degraded, then cropped; JPEG's grid may lie anywhere  sample, make_batch
-    4. the loss is divided by the whole batch, however it is split              run_stages
-    5. drop path draws image by image, each from a seed of its own              draw_drop_paths
+    4. the loss is divided by the whole batch, however it is split              iterate
+    5. drop path draws image by image, each from a seed of its own              drop_path_draws
     6. the weights that are scored are the raw ones, as in the paper            validate
     7. whatever can be drawn again is not saved: position and seed suffice      Run
 
 Reading order: the recipes; the schedule (Section 3.2) and its learning rate; which task and which
-crop a sample gets; the loop, `run_stages`, on one page. What comes after the banner "not in the
-paper" is the command line, checkpoints, processes, and what is said on the screen.
+crop a sample gets; the loop, `iterate` and `run_stages`, on two pages. What comes after the banner
+"not in the paper" is smaller recipes for a CPU, the classifier's eighth answer, pairs of one's own,
+the command line, checkpoints, processes, and what is said on the screen.
 Source: paper, Sections 3.2 and 4.1; the published options/*.yml; BasicSR's training loop.
 """
+import argparse
+import contextlib
 import copy
-import dataclasses
+import datetime
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
+import sqlite3
 import sys
+import threading
 import time
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, OneLineParser, apply, clock, draw, item_name, jpeg, leaf_items,
                      photo_items, read_image, require_folder, seeded, whole_file)
-from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
+from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture, figure,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
-                  read_prompts, task_strips, tune_cpu, validation_pairs)
+                  plain_mean, read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
-                   WindowBlock, build_classifier, build_model, load_model, reflect_pad)
+                   WindowBlock, build_classifier, build_model, load_model, read_checkpoint)
 
 # ---- Recipes (paper, Section 4.1; the published options/train/*.yml) -----------------------------
 #
@@ -91,94 +99,8 @@ RECIPES = {
                        order="bnjrhds"),
 }
 
-
-def striped_prompts():
-    """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
-    black and white stripes, and a white one. (7,128,128). Averaged, as F_ext does, the paper's
-    random images differ by 2 to 3 % of a feature's length; these by 25 to 38 %. A task of one's
-    own gets wider and wider stripes."""
-    steps = torch.arange(128, device="cpu")
-    y, x = torch.meshgrid(steps, steps, indexing="ij")
-    stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
-    stripes += [(x + 2 * y) // (8 * k) for k in range(1, len(TASKS) - 6)]
-    return (torch.stack(stripes) % 2).float()
-
-
 # What a crop's edge must divide by: windows of 8 x 8; three halvings; four, and then a window.
 CROP_MULTIPLE = {"swinir": 8, "restormer": 8, "promptir": 8, "uformer": 128}
-
-
-# The paper's recipe is made for GPUs. So that a run fits two CPU cores, a preset changes it: a
-# smaller model, smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher
-# rate and an EMA that forgets faster. A recipe has five layers, of which a later one wins, and
-# recipe_of lays them one on another. To the right, what --arch restormer --preset demo gets:
-#
-#     1  RECIPES[arch]            the paper's numbers       batch 8, crop 128, period 100k, lr 2e-4
-#     2  SMALL[arch]              a smaller model           dim 12            (not in preset paper)
-#     3  PRESETS[preset]          a shorter run             batch 14, crop 32, period 200, lr 1e-3
-#     4  SPECIAL[preset, arch]    where 3 suits 1 badly     lr 1.5e-3
-#     5  --lr --batch ...         the user's own            -
-#
-# leaves, validate: (how many, edge in pixels) of the training images if there is no --data, and of
-# the validation images. prompts: what makes the "ep" prompts; the paper's random ones where nothing
-# is said. channels_last: convolutions of a CPU are faster so.
-
-# Layer 2, in all presets but the paper's: a half (SRResNet) to an eighth (SwinIR) of the paper's
-# width, and fewer blocks. (The classifier is ours, which may also answer "none": the paper's knows
-# seven answers.)
-SMALL = {
-    "srresnet": dict(width=32, blocks=8),
-    "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
-    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
-    "uformer": dict(dim=8, depths=(1,) * 9),
-    "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
-    "classifier": dict(none=True),
-}
-# Layer 3.
-_SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
-              crop=32, ema=0.99, channels_last=True, prompts=striped_prompts)
-PRESETS = {
-    # The paper's numbers as they stand; 800 dead leaves of 512 x 512 stand in for DIV2K.
-    "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
-    # Hours on one core: what the model in assets/ was trained with, at a --period of its own.
-    "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
-    # Half an hour a training on one core: tests/study.py compares dozens of them.
-    "study": dict(_SHORT, leaves=(64, 256), period=600),
-    # Minutes: the README's first command. With all seven tasks, a batch of 14 holds each twice.
-    "demo": dict(_SHORT, leaves=(64, 256), period=200),
-    # Seconds: every part of the loop once, for tests. Nothing is learned.
-    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
-                  period=1, ema=0.9),
-}
-# Layer 4, where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to
-# look at.
-SPECIAL = {
-    ("smoke", "uformer"): dict(crop=128),
-    ("demo", "restormer"): dict(lr=1.5e-3),
-    ("demo", "uformer"): dict(crop=128, batch=7, period=40),
-    ("demo", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=1400),
-    ("study", "uformer"): dict(crop=128, batch=7),
-    ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
-    ("hours", "uformer"): dict(crop=128, batch=7),
-    # Twice as wide and deeper than the demo's, and crops that show more of haze and darkness.
-    ("hours", "restormer"): dict(crop=64, sizes=dict(dim=24, blocks=(1, 1, 2, 3), refinement=0,
-                                                     expansion=1.5, prompt_width=16)),
-    ("hours", "classifier"): dict(crop=128, batch=16, lr=2e-3, period=2500),
-}
-
-
-def recipe_of(args):
-    """The recipe that a run follows, one flat dict: the five layers above, the last one on top.
-    args: see Args. (The user's own numbers are None where nothing is said.)"""
-    recipe = dict(RECIPES[args.arch])                                           # 1
-    if args.preset != "paper":
-        recipe["sizes"] = SMALL[args.arch]                                      # 2
-    recipe.update(PRESETS[args.preset])                                         # 3
-    recipe.update(SPECIAL.get((args.preset, args.arch), {}))                    # 4
-    for key in ("period", "lr", "batch", "crop", "save_every"):                 # 5
-        if getattr(args, key) is not None:
-            recipe[key] = getattr(args, key)
-    return recipe
 
 
 # ---- Sequential learning (paper, Section 3.2) ----------------------------------------------------
@@ -213,12 +135,11 @@ class Stage(NamedTuple):
         return sum(self.periods)
 
 
-def stages(arch, seq=False, order=None, period=None, none=False):
+def stages(arch, seq=False, order=None, period=None):
     """The schedule, a list. Mixed: one stage, all tasks. Sequential: stage k trains the first k.
     Either has k - 1 + 4 periods for k tasks, so that what is compared is the order, not the effort.
 
     order: letters of LETTERS, each at most once; the default is the paper's. period: iterations.
-    none: undamaged images are one more "task", for a classifier that can say so.
     Raises ValueError for letters that are unknown or repeated.
     """
     order = order or RECIPES[arch]["order"]
@@ -228,8 +149,6 @@ def stages(arch, seq=False, order=None, period=None, none=False):
             known = ", ".join(f"{key} ({task})" for key, task in LETTERS.items())
             raise ValueError(f"--order {order}: {letter!r} is unknown or repeated; use {known}")
     tasks = tuple(LETTERS[letter] for letter in order)
-    if none:
-        tasks += ("none",)
     if arch == "classifier":
         return [Stage(tasks, (period,) * 4)]
     if not seq:                                    # mixed: as long as the same tasks in sequence
@@ -262,9 +181,9 @@ def lr_at(iteration, periods, base_lr, eta_min):
 # ---- Which task, which crop ----------------------------------------------------------------------
 #
 # A sample is what the processor prepares, a crop and the random numbers for its degradation; the
-# degrading itself happens a batch at a time on the training device. A sample depends on (seed,
-# stage, t, i) and the images alone, t the iteration and i its place, whoever computes it: so a
-# resumed run, or one on more GPUs, sees what the undisturbed run sees.
+# degrading itself happens a batch at a time on the training device. With the same images, tasks and
+# batch, a sample depends on (seed, stage, t, i) alone, t the iteration and i its place, whoever
+# computes it: so a resumed run, or one on more GPUs, sees what the undisturbed run sees.
 #
 # The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
 # JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
@@ -287,127 +206,74 @@ def task_of(tasks, t, i, batch):
     return tasks[(t * batch + i) % len(tasks)]
 
 
-def sample(source, tasks, crop, batch, key):
-    """Sample i of an iteration's batch, before degradation: a dict of CPU tensors and numbers.
+def below(n, g):
+    """A random integer, 0 .. n - 1, from the generator g."""
+    return int(torch.randint(n, (1,), generator=g))
 
-    source: {"photos": ImageCache; a task: the images of --pairs}, one or both.
-    crop: edge in pixels. key: (seed, stage, t, i).
+
+def sample(source, tasks, crop, batch, key):
+    """Sample i of an iteration's batch, before degradation: a dict of numpy arrays and numbers.
+
+    source: {"photos": ImageCache; a task: the images of --pairs}, one or both. tasks: those of the
+    stage. crop: edge in pixels. batch: the whole one. key: (seed, stage, t, i).
+
+    The order in which numbers are drawn here is a contract: it decides the bits of every run. Who
+    needs one more draws it last, or from a generator of its own.
     """
     seed, stage, t, i = key
-    g = seeded(*key)                               # for all but the choice of the image
-
-    def below(n):                                  # a random integer, 0 .. n - 1
-        return int(torch.randint(n, (1,), generator=g))
-
     task = task_of(tasks, t, i, batch)
     images = source[task if task in source else "photos"]
     chooser = seeded(seed, stage, "image", t * batch + i)
-    k = int(torch.randint(len(images), (1,), generator=chooser))
+    k = below(len(images), chooser)
+    g = seeded(*key)                               # for all but the choice of the image
     h, w = images.size(k)
     edge = crop + MARGIN
-    if task == "none":
-        return as_kept(clean_sample(images, k, edge, below), below)
-    top, left = below(max(h - edge, 0) + 1), below(max(w - edge, 0) + 1)
+    top, left = below(max(h - edge, 0) + 1, g), below(max(w - edge, 0) + 1, g)
     item = {"task": task,
-            "canvas": torch.from_numpy(images.crop(k, top, left, edge)),                  # (3,edge,edge) of uint8
-            "offset": (16 + below(16), 16 + below(16)),
-            "turn": below(8)}                                           # of flips and rotations
+            "canvas": images.crop(k, top, left, edge),                  # (3,edge,edge) of uint8
+            "offset": (16 + below(16, g), 16 + below(16, g)),
+            "turn": below(8, g)}                                        # of flips and rotations
     if len(item["canvas"]) == 6:                                        # one of --pairs: GT, LQ
-        item["canvas"], item["lq"] = item["canvas"].split(3)
+        item["canvas"], item["lq"] = item["canvas"][:3], item["canvas"][3:]
         return item
-    item["drawn"] = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
-    if task == "haze":
-        item.update(crop_of_depth(images, k, top, left, edge, g))
-    return as_kept(item, below) if "none" in tasks else item
-
-
-def crop_of_depth(images, k, top, left, edge, g):
-    """{"depth": (1,1,edge,edge), "depth_max": (1,)} of a haze sample: its part of the image's depth
-    map, or, where there is none, of a smooth prior drawn from g; and the maximum of the whole."""
-    depth = torch.from_numpy(images.depth_crop(k, top, left, edge, g))[None]
-    return {"depth": depth, "depth_max": torch.ones(1)}
-
-
-def clean_sample(source, k, edge, below):
-    """A sample of an image that nobody damaged, for a classifier that must not see damage in it: as
-    it is, or reduced in size (to 0.5 to 1). below(n): a random integer, 0 .. n - 1. Not in the
-    paper, whose classifier knows no "none"."""
-    large = edge + below(edge + 1) if below(3) == 0 else edge
-    h, w = source.size(k)
-    large = max(min(large, h, w), edge)            # no larger than the image, if possible
-    top, left = below(max(h - large, 0) + 1), below(max(w - large, 0) + 1)
-    canvas = torch.from_numpy(source.crop(k, top, left, large))
-    if large > edge:
-        canvas = F.interpolate(canvas[None].float(), (edge, edge), mode="bicubic", antialias=True)
-        canvas = canvas[0].round().clamp(0, 255).byte()
-    return {"task": "none", "canvas": canvas, "offset": (16 + below(16), 16 + below(16)),
-            "turn": below(8)}
-
-
-def as_kept(item, below):
-    """A sample as people keep their pictures: a fourth of them is grey, a third saved as a good
-    JPEG (quality 85 to 98; not of the task jpeg). For a classifier that is asked about any file:
-    one that saw coloured noise alone, never saved, takes the noise of a grey photo for haze."""
-    item["grey"] = below(4) == 0
-    item["saved"] = 85 + below(14) if below(3) == 0 and item["task"] != "jpeg" else 0
-    if item["grey"]:
-        r, g, b = item["canvas"].float()
-        grey = (0.299 * r + 0.587 * g + 0.114 * b).round().byte()               # as pillow's "L"
-        item["canvas"] = grey.expand_as(item["canvas"])
+    drawn = draw(task, (edge, edge), "in", g, rain_field=(RAIN_FIELD, RAIN_FIELD))
+    item.update((name, value[0].numpy()) for name, value in drawn.items())
+    if task == "haze":                             # relative to the whole image's farthest point
+        item["depth"] = images.depth_crop(k, top, left, edge, g)                  # (1,edge,edge)
     return item
-
-
-def kept(y, samples):
-    """What as_kept asked for, after the degradation of (n,3,edge,edge). A grey file has one channel
-    of noise, not three."""
-    grey = torch.tensor([s["grey"] for s in samples], device=y.device)[:, None, None, None]
-    y = torch.where(grey, y[:, :1], y)
-    quality = torch.tensor([float(s["saved"]) for s in samples], device=y.device)
-    return torch.where(quality[:, None, None, None] > 0, jpeg(y, quality.clamp_min(1)), y)
-
-
-def make_batch(samples, crop, device):
-    """Degrades samples on the device. Returns lq, gt: (N,3,crop,crop); task: (N,) rows of TASKS,
-    len(TASKS) for "none"."""
-    canvas = torch.stack([s["canvas"] for s in samples])            # (N,3,edge,edge) of uint8
-    canvas = canvas.to(device, non_blocking=True)
-    lq, gt = [None] * len(samples), [None] * len(samples)
-    for task in ANSWERS:                              # all images of a task at once
-        rows = [i for i, s in enumerate(samples) if s["task"] == task]
-        if rows:
-            x = canvas[rows].float() / 255                                      # (n,3,edge,edge)
-            group = [samples[i] for i in rows]
-            y = degrade_group(x, task, group)
-            if "saved" in group[0]:
-                y = kept(y, group)
-            for i, degraded in zip(rows, y):
-                top, left = samples[i]["offset"]
-                inside = slice(top, top + crop), slice(left, left + crop)
-                lq[i] = turned(degraded[:, *inside], samples[i]["turn"])        # (3,crop,crop)
-                gt[i] = turned(canvas[i][:, *inside], samples[i]["turn"])
-    task = torch.tensor([ANSWERS.index(s["task"]) for s in samples], device=device)
-    return torch.stack(lq), torch.stack(gt).float() / 255, task
 
 
 # Degrading is done a task at a time, a call over all the batch's images of that task: every
 # degradation takes one parameter per image.
 
-def degrade_group(canvas, task, samples):
-    """Degrades (n,3,edge,edge), canvases of samples that share a task, each by its own numbers.
-    Rain is cut from a larger field, whose brightest spot gets RAIN_PEAK, not 1: a whole image is
-    larger still, and its one brightest spot makes all others darker."""
-    if "lq" in samples[0]:                         # --pairs: somebody else has degraded them
-        return torch.stack([s["lq"] for s in samples]).to(canvas.device).float() / 255
-    if task == "none":
-        return canvas
-    drawn = {}
-    for name in samples[0]["drawn"]:
-        drawn[name] = torch.cat([s["drawn"][name] for s in samples])            # (n,...)
-    if task != "haze":
-        return apply(canvas, task, drawn, peak=RAIN_PEAK)
-    depth = torch.cat([s["depth"] for s in samples]).to(canvas.device)          # (n,1,edge,edge)
-    depth_max = torch.cat([s["depth_max"] for s in samples]).to(canvas.device)  # (n,)
-    return apply(canvas, task, drawn, depth, depth_max)
+def make_batch(part, crop, device):
+    """Degrades a part of a batch on the device. part: see Part. Returns lq, gt: (n,3,crop,crop);
+    task: (n,) rows of ANSWERS; draws: (n,branches), drop path's (see drop_path_draws)."""
+    groups = part.to(device)
+    lq, gt = [None] * len(part.cuts), [None] * len(part.cuts)
+    for name, places in part.places.items():
+        canvas = groups[name].pop("canvas")                             # (k,3,edge,edge) of uint8
+        degraded = degrade_group(canvas.float() / 255, name, groups[name])
+        for i, true, damaged in zip(places, canvas, degraded):
+            (top, left), turn = part.cuts[i]
+            inside = slice(top, top + crop), slice(left, left + crop)
+            lq[i] = turned(damaged[:, *inside], turn)                   # (3,crop,crop)
+            gt[i] = turned(true[:, *inside], turn)
+    return torch.stack(lq), torch.stack(gt).float() / 255, *groups["all"].values()
+
+
+def degrade_group(x, task, group):
+    """Degrades (k,3,edge,edge), crops of samples that share a task, each by its own numbers.
+
+    group: what the samples hold, stacked: {name: (k,...)}. Rain is cut from a larger field, whose
+    brightest spot gets RAIN_PEAK, not 1: a whole image is larger still, and its one brightest spot
+    makes all others darker."""
+    if "lq" in group:                              # --pairs: somebody else has degraded them
+        return group["lq"].float() / 255
+    if "grey" in group:                            # the classifier's (not in the paper)
+        return degrade_as_kept(x, task, group)
+    depth = group.pop("depth", None)               # the other numbers are those of `draw`
+    return apply(x, task, group, depth, depth_max=1.0, peak=RAIN_PEAK)
 
 
 def turned(x, turn):
@@ -421,65 +287,19 @@ def turned(x, turn):
     return x
 
 
-class Stream(torch.utils.data.Dataset):
-    """Iteration t -> this process's parts of the batch, each a list of samples. Unlike with the
-    published shuffled list of files, what comes at t can be told without what came before. It does
-    not keep the run, since loader processes get a copy of it."""
-
-    def __init__(self, run, source, machine):
-        tasks, batch = run.stages[run.stage].tasks, run.recipe["batch"]
-        self.sample = partial(sample, source, tasks, run.recipe["crop"], batch)
-        self.key, self.shares = (run.args.seed, run.stage), machine.share(batch)
-
-    def __getitem__(self, t):
-        return [[self.sample((*self.key, t, i)) for i in rows] for rows in self.shares]
+def drop_paths(model):
+    """The branches that drop path may leave out, in order: SwinIR's and Uformer's; else none."""
+    return [m for m in model.modules() if isinstance(m, DropPath) and m.probability > 0]
 
 
-def batches(run, source, machine):
-    """Yields (t, parts) for the rest of run.stage: parts is [(rows of the batch, samples), ...],
-    one part unless --accumulate asks for more. Raises ValueError that names a file gone bad."""
-    on_gpu, workers = machine.device.type == "cuda", run.args.workers
-    if workers is None:
-        workers = 8 if on_gpu else 0
-    # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
-    ahead = range(run.iteration, run.stages[run.stage].iterations)
-    # batch_size=None: an item of Stream is a batch already. From pinned memory a GPU copies faster.
-    loader = iter(torch.utils.data.DataLoader(
-        Stream(run, source, machine), batch_size=None, sampler=ahead, num_workers=workers,
-        pin_memory=on_gpu))
-    for t in ahead:
-        try:
-            parts = next(loader)
-        except (ValueError, OSError, RuntimeError) as error:
-            # A worker's error comes with its traceback, of which the last line says what happened;
-            # a worker that was killed (out of memory, often) is a RuntimeError of the loader.
-            raise run.failed(str(error).splitlines()[-1]) from None
-        yield t, list(zip(machine.share(run.recipe["batch"]), parts))
-
-
-def prepare_batch(samples, crop, machine, args):
-    """make_batch, laid out for the network. The classifier sees degraded images alone."""
-    lq, gt, task = make_batch(samples, crop, machine.device)
-    if machine.channels_last:
-        lq = lq.contiguous(memory_format=torch.channels_last)
-    if args.arch == "classifier":
-        gt = None
-    return lq, gt, task
-
-
-def draw_drop_paths(model, key, rows, device):
-    """Draws which images of a part leave out which branch (SwinIR, Uformer): uniform numbers that
-    depend on (seed, stage, t, i) and the branch alone. key: (seed, stage, t); rows: the i's.
+def drop_path_draws(branches, key):
+    """Uniform numbers that decide which branches one image leaves out, (branches,) of float32; they
+    depend on key, (seed, stage, t, i), alone.
 
     Torch's own generator would give image i other numbers when it stands in another part or
     process; then --accumulate and the number of GPUs would change what is learned.
     """
-    drops = [m for m in model.modules() if isinstance(m, DropPath) and m.probability > 0]
-    if drops:
-        draws = torch.stack([torch.rand(len(drops), generator=seeded(*key, i, "drop path"))
-                             for i in rows], 1).to(device)                      # (branches,n)
-        for module, of_module in zip(drops, draws):
-            module.draws = of_module                                            # (n,)
+    return torch.rand(branches, generator=seeded(*key, "drop path")).numpy()
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -487,7 +307,7 @@ def draw_drop_paths(model, key, rows, device):
 # An iteration of the paper's Restormer on two GPUs, as one of the two processes sees it:
 #
 #     batches           4 of the batch's 8 samples: crops of uint8 and numbers, from the processor
-#     prepare_batch     degraded on the GPU: lq, gt (4,3,128,128), task (4,)
+#     make_batch        degraded on the GPU: lq, gt (4,3,128,128), task (4,)
 #     net               y (4,3,128,128), and the mean of |y - gt| of each image: (4,)
 #     backward          the gradient of this half; DDP exchanges it, all get the whole batch's
 #     step              Adam's, the same in both processes, at the rate that lr_at gives
@@ -500,6 +320,10 @@ def draw_drop_paths(model, key, rows, device):
 #     two processes     backward of 2 * sum(loss) / 8 in each; DDP's average halves the sum
 #
 # Hence no mean over a part is taken anywhere, and no random number depends on how parts are cut.
+#
+# A GPU works through a queue that the processor fills ahead of it. Whoever reads a number off the
+# GPU waits until the queue is empty, and the GPU then waits for new work. So an iteration reads
+# once, all it wants to know, and the place is marked.
 
 def loss_per_image(net, lq, gt, task):
     """(N,): L1, mean |y - gt| of each image: the paper's only loss. The classifier, for which there
@@ -518,60 +342,75 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def iterate(run, net, parts, machine, lr, asked):
+    """One iteration of run.stage, from parts of a batch to changed weights.
+
+    net: run.model as it is called, perhaps compiled, or in DDP. parts: [(rows of the batch, Part),
+    ...], this process's, one unless --accumulate asks for more. lr: this iteration's rate. asked:
+    whether this process was asked to stop. Returns ([loss of each of the batch's samples], norm of
+    the gradient, whether any process was asked to stop). Raises ValueError, the weights unchanged,
+    where a loss or the gradient is not finite.
+    """
+    recipe, batch = run.recipe, run.recipe["batch"]
+    for group in run.optimizer.param_groups:       # schedule and optimiser know nothing of each
+        group["lr"] = lr                           # other: the rate is set before each step
+    run.optimizer.zero_grad()
+    losses = torch.zeros(batch, device=machine.device)
+    for rows, part in parts:
+        lq, gt, task, draws = make_batch(part, recipe["crop"], machine.device)
+        if run.args.arch == "classifier":
+            gt = None                              # it sees degraded images alone
+        for branch, of_branch in zip(drop_paths(run.model), draws.unbind(1)):
+            branch.draws = of_branch                                            # (n,)
+        with machine.fast_products():              # TF32, if asked for, going forward and back
+            with machine.autocast():               # bf16, if asked for, going forward
+                loss = loss_per_image(net, lq, gt, task)                        # (n,)
+            # The mean over the batch: parts add up. Times world, as DDP averages processes.
+            (loss.sum() * machine.world / batch).backward()
+        losses[rows.start:rows.stop] = loss.detach()
+    norm = torch.nn.utils.get_total_norm(          # logged, but not clipped, as published
+        [p.grad for p in run.model.parameters() if p.grad is not None])
+    # All that is to be known of this iteration, in one tensor. Each process has filled its own rows
+    # of losses, the others' are 0: the sum over processes is the whole batch's. The norm is the
+    # same in all of them already.
+    wish = torch.full((1,), float(asked), device=machine.device)
+    told = torch.cat((losses, norm[None] / machine.world, wish))                # (batch + 2,)
+    *losses, norm, wish = machine.sums(told)       # waits for the GPU
+    refuse_what_is_not_finite(run, losses, norm)   # before the weights change
+    run.optimizer.step()
+    update_ema(run.ema, run.model, recipe["ema"])
+    return losses, norm, wish > 0
+
+
 def run_stages(run, net, source, machine, log):
     """The whole schedule of Section 3.2, from where the run stands (its start, or where it was
-    stopped) to its end. net is run.model as it is called: perhaps compiled, or in DDP."""
-    recipe, args, batch = run.recipe, run.args, run.recipe["batch"]
-    images = builtin_images(*recipe["validate"])
-    pairs = validation_pairs(images)                        # {task: [(lq, gt), ...]}
-    if "none" in run.stages[-1].tasks:
-        pairs["none"] = clean_pairs(images)                 # a classifier that may find nothing
-    run.table = run.table or [before_training(args, pairs)]
-
-    if run.stage == len(run.stages) and run.leads:          # finished, perhaps killed before this
+    stopped) to its end. net: as in iterate; source: as in sample."""
+    recipe, args = run.recipe, run.args
+    pairs = scored_pairs(run)                               # {task: [(lq, gt), ...]}
+    if not run.table:
+        run.table = rows_before_training(run, pairs, machine, log)
+    if run.stage == len(run.schedule) and run.leads:        # finished, perhaps killed before this
         show_table(run, log)
     # Stage by stage; a resumed run enters in the middle, at run.stage and run.iteration.
-    while run.stage < len(run.stages):
-        stage = run.stages[run.stage]                       # with --seq one task more each time
+    while run.stage < len(run.schedule):
+        stage = run.schedule[run.stage]                     # with --seq one task more each time
         if run.iteration == 0:
             run.new_optimizer()                             # weights and EMA go on, Adam does not
-        log.say(f"stage {run.stage + 1}/{len(run.stages)}: {', '.join(stage.tasks)}")
-
+        log.say(f"stage {run.stage + 1}/{len(run.schedule)}: {', '.join(stage.tasks)}")
+        net.train()                                         # drop path is on
         for t, parts in batches(run, source, machine):
-            # The rate is set before each step: schedule and optimiser know nothing of each other.
             lr = lr_at(t + 1, stage.periods, recipe["lr"], recipe["eta_min"])
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            run.optimizer.zero_grad()
-            net.train()                                     # drop path is on
-            losses = torch.zeros(batch, device=machine.device)
-            for rows, samples in parts:                     # one part, unless --accumulate
-                lq, gt, task = prepare_batch(samples, recipe["crop"], machine, args)
-                draw_drop_paths(run.model, (args.seed, run.stage, t), rows, machine.device)
-                with machine.autocast():                    # bf16, if asked for, going forward
-                    loss = loss_per_image(net, lq, gt, task)                    # (n,)
-                # The mean over the batch: parts add up. Times world, as DDP averages processes.
-                (loss.sum() * machine.world / batch).backward()
-                losses[rows.start:rows.stop] = loss.detach()
-
-            # Each process filled its own rows, the others' are 0: the sum is the whole batch's.
-            losses = machine.sum_of_all(losses)                                 # (batch,)
-            tasks = [task_of(stage.tasks, t, i, batch) for i in range(batch)]
-            norm = torch.nn.utils.get_total_norm(           # logged, but not clipped, as published
-                [p.grad for p in run.model.parameters() if p.grad is not None])
-            refuse_what_is_not_finite(run, losses, norm, tasks)       # before the weights change
-            run.optimizer.step()
-            update_ema(run.ema, run.model, recipe["ema"])
+            losses, norm, stop = iterate(run, net, parts, machine, lr, log.stop is not None)
             run.iteration = t + 1
-
             # The step is done; what follows says it, saves it, and asks whether to go on.
-            log.add(run, losses, tasks, norm, lr)
+            log.add(run, losses, norm, lr)
             if run.iteration % recipe["save_every"] == 0:
                 run.save()
             due = args.val_every and run.iteration % args.val_every == 0
             if due and run.iteration < stage.iterations:    # a stage's end is validated below
                 validate(run, pairs, machine, log)
-            if machine.any_of_all(log.stop is not None):
+                net.train()
+            if stop:
                 stopped(run, log)
 
         # A row of the forgetting matrix: all seven tasks, those not trained yet, too.
@@ -586,187 +425,462 @@ def run_stages(run, net, source, machine, log):
 
 
 # ==================================================================================================
-# Not in the paper: the command line, checkpoints, processes, and what a run says.
+# Not in the paper: smaller recipes, the classifier's eighth answer, one's own pairs, the way of
+# samples to the device, the command line, checkpoints, processes, and what a run says.
 # ==================================================================================================
 
+# ---- Smaller recipes -----------------------------------------------------------------------------
+
+def striped_prompts():
+    """Seven prompt images that a new F_ext tells apart at once, for runs of minutes: six kinds of
+    black and white stripes, and a white one. (7,128,128). Averaged, as F_ext does, the paper's
+    random images differ by 2 to 3 % of a feature's length; these by 25 to 38 %. A task of one's
+    own gets wider and wider stripes."""
+    steps = torch.arange(128, device="cpu")
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    stripes = [x // 2, y // 2, x // 4, y // 4, (x + y) // 6, (x - y) // 6, torch.ones_like(x)]
+    stripes += [(x + 2 * y) // (8 * k) for k in range(1, len(TASKS) - 6)]
+    return (torch.stack(stripes) % 2).float()
+
+
+# The paper's recipe is made for GPUs. So that a run fits two CPU cores, a preset changes it: a
+# smaller model, smaller crops, a schedule hundreds of times shorter; in return, mostly, a higher
+# rate and an EMA that forgets faster. A recipe has five layers, of which a later one wins, and
+# recipe_of lays them one on another. To the right, what --arch restormer --preset demo gets:
+#
+#     1  RECIPES[arch]            the paper's numbers       batch 8, crop 128, period 100k, lr 2e-4
+#     2  SMALL[arch]              a smaller model           dim 12            (not in preset paper)
+#     3  PRESETS[preset]          a shorter run             batch 14, crop 32, period 200, lr 1e-3
+#     4  SPECIAL[preset, arch]    where 3 suits 1 badly     lr 1.5e-3
+#     5  --lr --batch ...         the user's own            -
+#
+# leaves, validate: (how many, edge in pixels) of the training images if there is no --data, and of
+# the validation images. prompts: what makes the "ep" prompts; the paper's random ones where nothing
+# is said.
+
+# Layer 2, in all presets but the paper's: a half (SRResNet) to an eighth (SwinIR) of the paper's
+# width, and fewer blocks. (The classifier is ours, which may also answer "none": the paper's knows
+# seven answers.)
+SMALL = {
+    "srresnet": dict(width=32, blocks=8),
+    "swinir": dict(dim=24, depths=(2, 2), heads=2, width=24),
+    "restormer": dict(dim=12, blocks=(1, 1, 1, 1), refinement=0, expansion=1.5, prompt_width=16),
+    "uformer": dict(dim=8, depths=(1,) * 9),
+    "promptir": dict(dim=16, blocks=(1, 1, 1, 2), refinement=1, prompt_dims=(16, 16, 32)),
+    "classifier": dict(none=True),
+}
+# Layer 3.
+_SHORT = dict(log_every=20, save_every=100, validate=(8, 128), lr=1e-3, eta_min=1e-5, batch=14,
+              crop=32, ema=0.99, prompts=striped_prompts)
+PRESETS = {
+    # The paper's numbers as they stand; 800 dead leaves of 512 x 512 stand in for DIV2K.
+    "paper": dict(leaves=(800, 512), log_every=100, save_every=1000, validate=(8, 128)),
+    # Hours on one core: what the model in assets/ was trained with, at a --period of its own.
+    "hours": dict(_SHORT, leaves=(256, 256), batch=7, crop=48, period=600, ema=0.999),
+    # Minutes: the README's first command. With all seven tasks, a batch of 14 holds each twice.
+    "demo": dict(_SHORT, leaves=(64, 256), period=200),
+    # Seconds: every part of the loop once, for tests. Nothing is learned.
+    "smoke": dict(leaves=(4, 192), log_every=2, save_every=4, validate=(2, 96), batch=8, crop=48,
+                  period=1, ema=0.9),
+}
+# Layer 4, where a preset suits an arch badly: Uformer needs crops of 128, the classifier more to
+# look at.
+SPECIAL = {
+    ("smoke", "uformer"): dict(crop=128),
+    ("demo", "restormer"): dict(lr=1.5e-3),
+    ("demo", "uformer"): dict(crop=128, batch=7, period=40),
+    ("demo", "classifier"): dict(crop=64, batch=28, lr=3e-3, period=1400),
+    ("hours", "srresnet"): dict(sizes=dict(width=64, blocks=8), batch=14, lr=5e-4, period=1500),
+    ("hours", "uformer"): dict(crop=128, batch=7),
+    # Twice as wide and deeper than the demo's, and crops that show more of haze and darkness.
+    ("hours", "restormer"): dict(crop=64, sizes=dict(dim=24, blocks=(1, 1, 2, 3), refinement=0,
+                                                     expansion=1.5, prompt_width=16)),
+    ("hours", "classifier"): dict(crop=128, batch=16, lr=2e-3, period=2500),
+}
+
+
+def recipe_of(args):
+    """The recipe that a run follows, one flat dict: the five layers above, the last one on top.
+    args: the flags; the numbers among them are None where the user said nothing."""
+    recipe = dict(RECIPES[args.arch])                                           # 1
+    if args.preset != "paper":
+        recipe["sizes"] = SMALL[args.arch]                                      # 2
+    recipe.update(PRESETS[args.preset])                                         # 3
+    recipe.update(SPECIAL.get((args.preset, args.arch), {}))                    # 4
+    for key in ("period", "lr", "batch", "crop", "save_every"):                 # 5
+        if getattr(args, key) is not None:
+            recipe[key] = getattr(args, key)
+    return recipe
+
+
+def schedule_of(args):
+    """The schedule that the flags ask for, by the rules of `stages`. A classifier that may answer
+    "none" gets undamaged images as one more task."""
+    schedule = stages(args.arch, args.seq, args.order, args.recipe["period"])
+    if args.recipe["sizes"].get("none"):
+        schedule = [Stage((*stage.tasks, "none"), stage.periods) for stage in schedule]
+    return schedule
+
+
+def name_of(args):
+    """Of a run, and of its folder where --out does not say otherwise."""
+    words = [args.arch, "seq" if args.seq else "mixed", args.order, args.prompt or "plain"]
+    if args.arch == "classifier":
+        words = [args.arch]
+    return "-".join(word for word in [*words, args.preset] if word)
+
+
+# ---- What a classifier is shown that may answer "none" -------------------------------------------
+# The paper's classifier knows seven answers and sees degraded images alone. Ours is asked about any
+# file, so it must also know pictures that nothing has happened to, and the ways of keeping them.
+
+def sample_as_kept(source, tasks, crop, batch, key):
+    """`sample`, or one of an undamaged image where it is the turn of "none"; kept as people keep
+    their pictures: a fourth of them is grey, a third saved as a good JPEG (quality 85 to 98; not of
+    the task jpeg). A classifier that saw coloured noise alone, never saved, takes the noise of a
+    grey photo for haze."""
+    *_, t, i = key
+    g = seeded(*key, "kept")                       # sample's own numbers stay as they are
+    if task_of(tasks, t, i, batch) == "none":
+        item = clean_sample(source["photos"], crop + MARGIN, g)
+    else:
+        item = sample(source, tasks, crop, batch, key)
+    if "lq" in item:                               # of --pairs: it is kept as it is
+        return item
+    item["grey"] = below(4, g) == 0
+    item["saved"] = 85 + below(14, g) if below(3, g) == 0 and item["task"] != "jpeg" else 0
+    if item["grey"]:
+        r, g, b = item["canvas"].astype(np.float32)
+        grey = (0.299 * r + 0.587 * g + 0.114 * b).round().astype(np.uint8)     # as pillow's "L"
+        item["canvas"] = np.stack((grey, grey, grey))
+    return item
+
+
+def clean_sample(images, edge, g):
+    """A sample of an image that nobody damaged: a canvas as it is, or, in a third of the cases,
+    reduced in size (to 0.5 to 1)."""
+    k = below(len(images), g)
+    large = edge + below(edge + 1, g) if below(3, g) == 0 else edge
+    h, w = images.size(k)
+    large = max(min(large, h, w), edge)            # no larger than the image, if possible
+    top, left = below(max(h - large, 0) + 1, g), below(max(w - large, 0) + 1, g)
+    canvas = images.crop(k, top, left, large)
+    if large > edge:
+        canvas = torch.from_numpy(canvas)[None].float()
+        canvas = F.interpolate(canvas, (edge, edge), mode="bicubic", antialias=True)
+        canvas = canvas[0].round().clamp(0, 255).byte().numpy()
+    return {"task": "none", "canvas": canvas, "offset": (16 + below(16, g), 16 + below(16, g)),
+            "turn": below(8, g)}
+
+
+def degrade_as_kept(x, task, group):
+    """degrade_group, then what sample_as_kept drew: a grey file has one channel of noise, not
+    three; a JPEG's grid lies over the damage."""
+    grey, quality = group.pop("grey"), group.pop("saved").float()             # (k,) each
+    y = x if task == "none" else degrade_group(x, task, group)
+    y = torch.where(grey[:, None, None, None], y[:, :1], y)
+    return torch.where(quality[:, None, None, None] > 0, jpeg(y, quality.clamp_min(1)), y)
+
+
+# ---- The way of samples to the device ------------------------------------------------------------
+
+class Part:
+    """A part of a batch as a worker process hands it over: the samples' arrays, those of a task
+    stacked, in ONE piece of memory, which goes to the device in one copy.
+
+    A worker's tensors would travel by shared memory, one by one; where that is small (64 MB in a
+    docker container) or TMPDIR's name long, workers hang for ever. Bytes go through a pipe.
+
+    places: {task: [i, ...]}, which samples are of a task. cuts: each sample's ((top, left), turn).
+    """
+
+    def __init__(self, samples):
+        self.cuts = [(s["offset"], s["turn"]) for s in samples]
+        self.places = {}
+        for i, s in enumerate(samples):
+            self.places.setdefault(s["task"], []).append(i)
+        none = np.zeros(0)                         # where no branch is ever left out
+        arrays = {("all", "task"): np.array([ANSWERS.index(s["task"]) for s in samples]),
+                  ("all", "draws"): np.stack([s.pop("draws", none) for s in samples])}
+        for task, places in self.places.items():
+            for name in samples[places[0]].keys() - {"task", "offset", "turn"}:
+                arrays[task, name] = np.stack([samples[i][name] for i in places])
+        self.layout, memory = {}, bytearray()
+        for key, array in arrays.items():
+            self.layout[key] = len(memory), array.shape, torch.from_numpy(array).dtype
+            memory += array.tobytes()
+            memory += bytes(-len(memory) % 8)      # a number must begin at a multiple of its size
+        self.memory = np.frombuffer(memory, np.uint8)
+
+    def pin_memory(self):
+        """Called by torch's loader beside a GPU. From pinned memory, which the system never moves,
+        a GPU copies by itself, while it computes and the processor goes on."""
+        self.memory = torch.as_tensor(self.memory).pin_memory()
+        return self
+
+    def to(self, device):
+        """{task: {name: tensor (k,...)}}, what the samples of a task hold, and {"all": {"task":
+        (n,), "draws": (n,branches)}}, on the device."""
+        memory, groups = torch.as_tensor(self.memory).to(device, non_blocking=True), {}     # once
+        for (task, name), (start, shape, dtype) in self.layout.items():
+            bytes_of_it = memory[start:start + math.prod(shape) * dtype.itemsize]
+            groups.setdefault(task, {})[name] = bytes_of_it.view(dtype).view(shape)
+        return groups
+
+
+class Stream(torch.utils.data.Dataset):
+    """Iteration t -> [Part, ...], this process's share of the batch. Unlike with the published
+    shuffled list of files, what comes at t can be told without what came before. It does not keep
+    the run, since loader processes get a copy of it."""
+
+    def __init__(self, run, source, machine):
+        tasks, batch = run.schedule[run.stage].tasks, run.recipe["batch"]
+        draw_sample = sample_as_kept if "none" in tasks else sample
+        self.sample = partial(draw_sample, source, tasks, run.recipe["crop"], batch)
+        self.position, self.rows = (run.args.seed, run.stage), machine.rows_of(batch)
+        self.branches = len(drop_paths(run.model))
+
+    def __getitem__(self, t):
+        return [Part([self.whole_sample((*self.position, t, i)) for i in rows])
+                for rows in self.rows]
+
+    def whole_sample(self, key):
+        """With the numbers for drop path, which only the network needs."""
+        return {**self.sample(key), "draws": drop_path_draws(self.branches, key)}
+
+
+def batches(run, source, machine):
+    """Yields (t, [(rows of the batch, Part), ...]) for the rest of run.stage. Raises ValueError
+    that names a file gone bad."""
+    on_gpu, workers = machine.device.type == "cuda", run.args.workers
+    if workers is None:                            # up to 8, where there are cores for them
+        workers = min(8, cores() // machine.beside) if on_gpu else 0
+    # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
+    ahead = range(run.iteration, run.schedule[run.stage].iterations)
+    # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
+    loader = iter(torch.utils.data.DataLoader(
+        Stream(run, source, machine), batch_size=None, sampler=ahead, num_workers=workers,
+        pin_memory=on_gpu, collate_fn=list, worker_init_fn=leave_signals))
+    for t in ahead:
+        try:
+            parts = next(loader)
+        except (ValueError, OSError, RuntimeError) as error:
+            # A worker's error comes with its traceback, of which the last line says what happened;
+            # a worker that was killed (out of memory, often) is a RuntimeError of the loader.
+            raise run.failed(str(error).splitlines()[-1]) from None
+        yield t, list(zip(machine.rows_of(run.recipe["batch"]), parts))
+
+
+# The signals that end a program: Ctrl-C; `kill` and the end of a job; a terminal that closes; what
+# SLURM sends some time before the end. (Windows has the first two.)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
+
+
+def leave_signals(worker):
+    """In a loader process: a terminal or a job's end sends its signal to all processes alike, but
+    it is the parent's to stop. A worker ends with its parent: torch's loader sees to that."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def cores():
+    """Of the processor, that this process may use: a job is often given some of many."""
+    if hasattr(os, "sched_getaffinity"):           # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- Pairs of one's own --------------------------------------------------------------------------
+
+def pair_items(pairs):
+    """Items of an ImageCache for [(LQ file, GT file), ...]: images of six channels, GT then LQ, so
+    that a crop of both is one crop."""
+    return [(f"pair-{item_name(lq.stem, lq, gt)}", _make_pair, (lq, gt)) for lq, gt in pairs]
+
+
+def _make_pair(lq, gt):
+    pair = read_image(gt), read_image(lq)
+    if pair[0].shape != pair[1].shape:
+        (gt_height, gt_width, _), (height, width, _) = (image.shape for image in pair)
+        raise ValueError(f"{lq} has {width} x {height} pixels, {gt} {gt_width} x {gt_height}; "
+                         "enlarge the smaller one, as the paper does with low resolution (x4)")
+    return np.concatenate(pair, 2), None                                        # (H,W,6) of uint8
+
+
+def open_images(args, say):
+    """The images to train on, {"photos": ImageCache of --data, dead leaves or both; a task: that
+    of --pairs}. They are decoded once, into a cache beside the run or in --cache."""
+    recipe, folder, source = args.recipe, args.cache or Path(args.out) / "cache", {}
+    own = None
+    if args.pairs:
+        lq, gt, own = args.pairs
+        items = pair_items(match_pairs(Path(lq), Path(gt)))
+        source[own] = ImageCache(folder, items, recipe["crop"], say)
+    if schedule_of(args)[-1].tasks != (own,):          # there are tasks besides that of --pairs
+        items = photo_items(args.data, args.depth, say) if args.data else []
+        if args.leaves or not args.data:
+            count, edge = recipe["leaves"]
+            items += leaf_items(args.leaves or count, edge, args.seed)
+        source["photos"] = ImageCache(folder, items, recipe["crop"], say)
+    return source
+
+
 # ---- The command line ----------------------------------------------------------------------------
-# One dataclass holds it, from which the parser is built: a flag is written down once, with its
-# type, its default and its line in --help. None mostly means: as the recipe says.
 
-def option(default, text, **more):
-    """A field of Args: its default, its line in --help, and what else argparse should know."""
-    return dataclasses.field(default=default, metadata=dict(help=text, **more))
-
-
-@dataclasses.dataclass
-class Args:
-    """The command line, one field a flag, and what follows from it: name, recipe, stages."""
-    # What the paper varies.
-    arch: str = option("restormer", "a backbone, or classifier", choices=tuple(RECIPES))
-    seq: bool = option(False, "sequential: one task more per stage (default: mixed, all at once)")
-    prompt: str = option(None, "tell the task: ep (explicit; also --prompt alone) or ap (adaptive)",
-                         nargs="?", const="ep", choices=("ep", "ap"))
-    # How long, on what images. Only --data DF2K and the preset "paper" are the paper's.
-    preset: str = option("paper", "demo takes minutes, smoke seconds", choices=tuple(PRESETS))
-    data: list = option(None, "folders of photos (default: dead leaves)", nargs="+", metavar="DIR")
-    depth: str = option(None, "depth maps of the photos, matched by name, for haze", metavar="DIR")
-    leaves: int = option(None, "how many dead leaves (default: by preset; with --data, none)")
-    order: str = option(None, "sequential order, letters of s b n j r h d (default: the paper's)")
-    pairs: list = option(None, "train on these folders' degraded and true photos, matched by name",
-                         nargs=2, metavar=("LQ", "GT"))
-    pairs_as: str = option(None, "task of --pairs (default: --order's only one)", choices=TASKS)
-    # Numbers of the recipe, for a run of one's own.
-    period: int = option(None, "iterations of a cosine period (default: by preset)")
-    lr: float = option(None, "learning rate at a period's start (default: by preset)")
-    batch: int = option(None, "crops of an iteration, over all processes (default: by preset)")
-    crop: int = option(None, "edge of a crop in pixels (default: by preset)")
-    init: str = option(None, "fine-tune these weights, of train.py or published", metavar="CKPT")
-    init_weights: str = option("raw", "which of them: raw or ema", choices=("raw", "ema"))
-    prompts: str = option(None, "type7.npy, where --init is a published 'ep' model", metavar="NPY")
-    # Where results go, and going on.
-    seed: int = option(0, "of weights, images, crops and degradations")
-    out: str = option(None, "where results go (default: runs/ARCH-SCHEDULE-PROMPT-PRESET)")
-    resume: bool = option(False, "go on from OUT/last.pt")
-    print_plan: bool = option(False, "print the schedule and stop")
-    # How it is computed: faster or in less memory. What is computed stays the same but for rounding
-    # (bf16: 7 bits of mantissa in convolutions and matrix products; weights and Adam stay float32),
-    precision: str = option("fp32", "fp32, tf32 or bf16: numbers to compute in; tf32conv: TF32 for "
-                            "convolutions alone, as the paper's torch 1.12 did on newer GPUs")
-    compile: bool = option(False, "torch.compile the network")
-    channels_last: bool = option(False, "channels-last memory format")
-    checkpointing: bool = option(False, "recompute activations going back: less memory, more time")
-    accumulate: int = option(1, "split each batch into N parts, one after another: less memory")
-    workers: int = option(None, "processes that prepare samples (default: 8 with a GPU, else 0)")
-    cache: str = option(None, "where decoded images go (default: OUT/cache)")
-    save_every: int = option(None, "iterations between checkpoints (default: by preset)")
-    val_every: int = option(0, "iterations between validations (default: at a stage's end only)")
-    device: str = option(None, "default: cuda if there is one", choices=("cuda", "cpu"))
-
-    # Laid together once, when first asked for: a Run may then put its own sizes in (--init).
-    recipe = cached_property(recipe_of)
-
-    @property
-    def stages(self):
-        """The schedule, by the rules of the function of that name."""
-        none = self.recipe["sizes"].get("none", False)
-        return stages(self.arch, self.seq, self.order, self.recipe["period"], none)
-
-    @property
-    def name(self):
-        """Of the run, and of its folder where --out does not say otherwise."""
-        words = [self.arch, "seq" if self.seq else "mixed", self.order, self.prompt or "plain"]
-        if self.arch == "classifier":
-            words = [self.arch]
-        return "-".join(word for word in [*words, self.preset] if word)
+def flags_of_the_paper(add):
+    """What the paper varies."""
+    add("--arch", default="restormer", choices=RECIPES, help="a backbone, or classifier")
+    add("--seq", action="store_true", help="one task more per stage (default: mixed, all at once)")
+    add("--prompt", nargs="?", const="ep", choices=("ep", "ap"),
+        help="tell the task: ep (explicit; also --prompt alone) or ap (adaptive)")
+    add("--order", help="tasks to train, letters of s b n j r h d (default: the paper's order)")
 
 
-def parse(argv):
-    """The command line as Args. Exits with one line where flags are unknown or contradict."""
+def flags_of_length_and_images(add):
+    """How long, on what, from where to where. None mostly means: as the recipe says."""
+    add("--preset", choices=PRESETS, help="default: paper with --data or --pairs, demo without")
+    add("--data", nargs="+", metavar="DIR", help="folders of photos (default: dead leaves)")
+    add("--depth", metavar="DIR", help="depth maps of the photos, matched by name, for haze")
+    add("--leaves", type=int, help="dead leaves, also beside --data (default without: by preset)")
+    add("--pairs", nargs=3, metavar=("LQ", "GT", "TASK"),
+        help="train TASK on these folders' degraded and true photos, matched by name")
+    add("--init", metavar="CKPT", help="fine-tune these weights, of train.py or published")
+    add("--init-weights", default="raw", choices=("raw", "ema"), help="which of them")
+    add("--prompts", metavar="NPY", help="type7.npy, where --init is a published 'ep' model")
+    add("--period", type=int, help="iterations of a cosine period (default: by preset)")
+    add("--lr", type=float, help="learning rate at a period's start (default: by preset)")
+    add("--batch", type=int, help="crops of an iteration, over all processes (default: by preset)")
+    add("--crop", type=int, help="edge of a crop in pixels (default: by preset)")
+    add("--seed", type=int, default=0, help="of weights, images, crops and degradations")
+    add("--out", metavar="DIR", help="where results go (default: runs/ and the run's name)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt")
+    add("--print-plan", action="store_true", help="print the schedule and stop")
+
+
+def flags_of_computing(add):
+    """How it is computed: faster, or in less memory. What is computed stays the same but for
+    rounding. (bf16 keeps 8 bits of a number in convolutions and matrix products; data, weights and
+    Adam stay float32. fp16 is not offered, as SwinIR's activations overflow it.)"""
+    add("--precision", default="fp32", choices=("fp32", "tf32conv", "tf32", "bf16"),
+        help="of the network; tf32conv: TF32 for convolutions alone, as the paper's torch 1.12")
+    add("--compile", action="store_true", help="torch.compile the network; needs a C++ compiler")
+    add("--checkpointing", action="store_true", help="less memory: activations are computed twice")
+    add("--accumulate", type=int, default=1, metavar="N", help="less memory: a batch in N parts")
+    add("--workers", type=int, help="that prepare samples (default: with a GPU 8, else 0)")
+    add("--cache", metavar="DIR", help="where decoded images go (default: OUT/cache)")
+    add("--save-every", type=int, help="iterations between checkpoints (default: by preset)")
+    add("--val-every", type=int, default=0, help="also validate every so many iterations")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+
+
+def parse(argv=None):
+    """The command line: a namespace of the flags, with the recipe that follows from them, and the
+    command as one would type it. Exits with one line where flags are unknown or contradict."""
     parser = OneLineParser("train.py", description=__doc__)
-    for f in dataclasses.fields(Args):
-        # A field `pairs_as` becomes the flag --pairs-as. A bool's takes no value; a list's nargs
-        # says how many it takes; of any other the type of the field makes a value of the text.
-        special = {bool: dict(action="store_true"), list: {}}         # a list: of str, by nargs
-        kind = special.get(f.type, dict(type=f.type, default=f.default))
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata)
-    args = Args(**vars(parser.parse_args(argv)))
-    # What argparse can't know: flags that contradict each other, and numbers out of range.
-    if args.arch == "classifier" and (args.prompt or args.seq or args.order):
-        parser.error("--arch classifier sees all tasks; leave --seq, --order and --prompt out")
-    if args.precision not in ("fp32", "tf32conv", "tf32", "bf16"):
-        parser.error(f"--precision {args.precision}: choose fp32, tf32conv, tf32 or bf16; fp16 is "
-                     "not offered, as SwinIR's activations overflow it")
-    if args.pairs and len(args.order or "") == 1:
-        args.pairs_as = args.pairs_as or LETTERS.get(args.order)
-    if args.pairs_as and not args.pairs:
-        parser.error(f"--pairs-as {args.pairs_as} says what --pairs LQ GT are; add these")
-    for name, goes_with in (("depth", "data"), ("prompts", "init")):    # else never looked at
-        if getattr(args, name) and not getattr(args, goes_with):
-            parser.error(f"--{name} {getattr(args, name)}: it goes with --{goes_with}")
-    if args.pairs and not args.pairs_as:
-        parser.error("what are --pairs? Add --pairs-as TASK, or an --order of its letter alone")
-    if args.pairs_as and args.pairs_as not in map(LETTERS.get, args.order or LETTERS):
-        parser.error(f"--pairs-as {args.pairs_as}: --order {args.order} does not train it")
-    edge, multiple = args.recipe["crop"], CROP_MULTIPLE.get(args.arch, 1)
-    if edge % multiple:
-        parser.error(f"--crop {edge}: {args.arch} needs a multiple of {multiple}")
-    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
-                            batch=1, crop=16, lr=1e-9).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    args.out = args.out or f"runs/{args.name}"
+    for title, flags in (("what the paper varies", flags_of_the_paper),
+                         ("how long, on what", flags_of_length_and_images),
+                         ("how it is computed", flags_of_computing)):
+        flags(parser.add_argument_group(title).add_argument)
+    args = parser.parse_args(argv)
+    # Without photographs there is no paper's recipe to repeat.
+    args.preset = args.preset or ("paper" if args.data or args.pairs else "demo")
+    args.recipe = recipe_of(args)
+    for problem in contradictions(args):
+        parser.error(problem)
+    args.out = args.out or f"runs/{name_of(args)}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # A notebook calls main([...]), and its own sys.argv says nothing.
+    typed = sys.argv[1:] if argv is None else list(argv)
+    args.command = [sys.argv[0] if typed == sys.argv[1:] else "train.py", *typed]
     return args
 
 
-# Seconds that a crop of 128 x 128 takes in training with the paper's sizes on two cores of a Xeon
-# (tests/bench.py networks, 25 November 2026): for a warning, so rough numbers do.
-_CPU_SECONDS = {"srresnet": 0.5, "swinir": 7, "restormer": 2.2, "uformer": 0.9, "promptir": 2.6}
+def contradictions(args):
+    """Yields what argparse can't know: flags that contradict each other, and numbers out of range.
+    Each a line that names the flag and the mend."""
+    if args.arch == "classifier" and (args.prompt or args.seq or args.order):
+        yield "--arch classifier sees all tasks; leave --seq, --order and --prompt out"
+    for name, goes_with in (("depth", "data"), ("prompts", "init")):    # else never looked at
+        if getattr(args, name) and not getattr(args, goes_with):
+            yield f"--{name} {getattr(args, name)}: it goes with --{goes_with}"
+    trained = [LETTERS.get(letter) for letter in args.order or LETTERS]
+    if args.pairs and args.pairs[2] not in trained:
+        yield (f"--pairs LQ GT {args.pairs[2]}: TASK must be one that is trained, "
+               f"{', '.join(filter(None, trained))}")
+    multiple = CROP_MULTIPLE.get(args.arch, 1)
+    if args.recipe["crop"] % multiple:
+        yield f"--crop {args.recipe['crop']}: {args.arch} needs a multiple of {multiple}"
+    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
+                            batch=1, crop=16, lr=1e-9).items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:                    # nor is NaN
+            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
 
 
 def plan(args):
-    """The recipe in a line and the schedule as a table: what --print-plan shows. And what somebody
-    should know who starts the paper's recipe on a CPU, perhaps unaware: how long it takes."""
+    """The recipe in a line and the schedule as a table: what --print-plan shows."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
-    rows, total = [], sum(stage.iterations for stage in args.stages)
-    for k, stage in enumerate(args.stages, 1):
-        # Three rates show the cosine; the middle of four periods is the end of the second: eta_min.
-        rates = [f"{lr_at(t, stage.periods, r['lr'], r['eta_min']):.3e}"
-                 for t in (1, max(stage.iterations // 2, 1), stage.iterations)]
-        periods = f"{len(stage.periods)} x {stage.periods[0]}"
-        rows.append([k, " ".join(stage.tasks), stage.iterations, periods, *rates])
-    header = ["stage", "tasks", "iterations", "periods", "lr first", "lr middle", "lr last"]
-    text = (f"{args.name}: {r['optimizer']}, lr {r['lr']:g}, betas {r['betas']}, "
-            f"weight decay {r['weight_decay']:g}, eta_min {r['eta_min']:g}, {loss}, "
+    schedule = schedule_of(args)
+    rows = [[k, " ".join(stage.tasks), stage.iterations, f"{len(stage.periods)} x {r['period']}"]
+            for k, stage in enumerate(schedule, 1)]
+    text = (f"{name_of(args)}: {r['optimizer']}, lr {r['lr']:g} to {r['eta_min']:g}, "
+            f"betas {r['betas']}, weight decay {r['weight_decay']:g}, {loss}, "
             f"EMA {r['ema']:g}, total batch {r['batch']}, crop {r['crop']}, seed {args.seed}\n\n"
-            f"{markdown(header, rows)}\n\n"
-            f"total: {total} iterations; each stage has a fresh optimiser")
-    if args.device == "cpu" and args.preset == "paper" and args.arch in _CPU_SECONDS:
-        days = total * r["batch"] * _CPU_SECONDS[args.arch] / 86400
-        text += (f"\n\non this CPU that takes about {days:,.0f} days; --preset demo takes minutes, "
-                 "--preset hours some hours, --preset smoke seconds")
+            f"{markdown(['stage', 'tasks', 'iterations', 'periods'], rows)}\n\n"
+            f"total: {sum(stage.iterations for stage in schedule)} iterations")
+    if args.device == "cpu" and args.preset == "paper":
+        text += ("\n\nthe paper's recipe is made for GPUs: on a CPU it takes months; --preset demo "
+                 "takes minutes, --preset hours some hours, --preset smoke seconds")
     return text
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
-# OUT/last.pt is all that a run needs to go on to the same bits: raw and EMA weights, Adam's
-# moments, and where it stands. No generator's state is in it: every random number is drawn from one
-# seeded by (seed, stage, t, i), so the position alone says what comes next.
+# OUT/last.pt is all that a run needs to go on, on a CPU to the same bits: raw and EMA weights,
+# Adam's moments, and where it stands. No generator's state is in it: every random number is drawn
+# from one seeded by (seed, stage, t, i), so the position alone says what comes next.
 #
 # Were it otherwise, going on would need the state of each generator in each loader process, which
-# have drawn ahead of the iteration that is being computed; of cuDNN's choice of algorithms, too,
-# which is why that is fixed (Machine). Sums of floats depend on their order: the same bits come
-# with the same machine and the same split of the batch, otherwise the same numbers but for
-# rounding.
+# have drawn ahead of the iteration that is being computed. Sums of floats depend on their order:
+# the same bits come with the same machine and the same split of the batch, otherwise, and on a GPU,
+# the same numbers but for rounding.
 #
-#     OUT/last.pt        the newest state, replaced in one step
-#     OUT/previous.pt    the one before it
+#     OUT/last.pt        the newest state, replaced in one step: a run that is killed at any moment
+#                        has a whole one
 #     OUT/stage3.pt      the end of stage 3, to compare stages, or to start from (--init)
+#     OUT/lock           held by the run that writes here
 
 class Run:
     """Everything that a checkpoint holds: the weights, where the run stands, and what it is.
 
     model, ema:         raw weights and their average; ema is never trained, only updated
+    schedule, recipe:   the stages and the numbers that it follows
     stage, iteration:   where it stands: stages done, and iterations done in the present one
-    stages, recipe:     the schedule and the numbers it follows
-    table:              [(name of a row, {task: PSNR in dB}), ...]: the input, then a row a stage;
-                        a classifier's: accuracy in %, and chance
+    table:              [(name of a row, {task: PSNR in dB}), ...]: the input, with --init the first
+                        weights, then a row a stage; a classifier's: accuracy in %, and chance
     facts:              what must be the same when a stopped run goes on
     leads:              this process writes the files, one of all that train together
+
+    With --resume it stands where OUT/last.pt does. Raises ValueError where that can't be used.
+    data: of the images, ImageCache.identity.
     """
 
-    def __init__(self, args, device, leads=True):
+    def __init__(self, args, device, leads=True, data=""):
         self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
-        if args.init:
-            model, self.recipe["sizes"] = read_init(args)  # the model is what the file holds
+        self.schedule, self.table, self.stage, self.iteration = schedule_of(args), [], 0, 0
+        self.facts, self.sizes = facts_of(args, self.schedule, data), self.recipe["sizes"]
+        saved = newest_state(self.out, self.facts) if args.resume else {}
+        if args.init and not saved:
+            model, self.sizes = read_init(args)            # the model is what the file holds
         else:
-            model = new_model(args)
+            self.sizes = saved.get("sizes", self.sizes)    # of the weights that --init once gave
+            model = new_model(args, self.sizes)
         self.model = model.to(device)
         # A copy: the average begins at the first weights, of --init, too.
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.stages, self.table, self.stage, self.iteration = args.stages, [], 0, 0
         self.new_optimizer()
+        if saved:
+            self.take_over(saved)
 
     def new_optimizer(self):
         """Fresh for each stage: what Adam has learned about earlier gradients is forgotten. Adam
@@ -776,22 +890,21 @@ class Run:
             parameters, recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"],
             fused=not parameters[0].is_meta)                     # one kernel for all parameters
 
-    def identify(self, data):
-        """Notes what must stay the same when the run goes on; data: ImageCache.identity. Flags that
-        only change how it is computed (--workers, --accumulate, --precision ...) may differ."""
-        # The recipe's numbers that shape the trajectory; period and order are in the stages.
-        kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
-        args, order = self.args, [list(stage.tasks) for stage in self.stages]
-        self.facts = dict(arch=args.arch, prompt=args.prompt, seed=args.seed, pairs=args.pairs_as,
-                          order=order, periods=[list(stage.periods) for stage in self.stages],
-                          data=data, **{key: self.recipe[key] for key in kept})
+    def take_over(self, saved):
+        """Weights, moments and position of a checkpoint of this very run."""
+        self.model.load_state_dict(saved["raw"])
+        self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.stage, self.iteration = saved["stage"], saved["iteration"]
+        self.table = [tuple(row) for row in saved["table"]]
+
+    def tasks_at(self, t):
+        """[task of each sample of the batch] in iteration t of the present stage."""
+        tasks, batch = self.schedule[self.stage].tasks, self.recipe["batch"]
+        return [task_of(tasks, t, i, batch) for i in range(batch)]
 
     def save(self, keep=None):
-        """Writes last.pt whole or not at all; the one before becomes previous.pt. keep: a name for
-        one more file, that stays. A new file is written beside the old one and only then takes its
-        name (whole_file): a run killed at any moment has a whole last.pt. previous.pt is for what
-        no program sees coming: the power fails before the disk has it all, half a file is copied.
-        """
+        """Writes last.pt, whole or not at all; keep: the name of one more file, that stays."""
         if not self.leads:
             return
         # Gradients were finite, but a rate that is too high can still have driven weights away.
@@ -800,75 +913,73 @@ class Run:
         # Plain numbers, strings, lists and tensors alone, so that torch.load(weights_only=True),
         # which can't run code, reads it: eval.py rebuilds the model from arch, prompt and sizes.
         state = {"mioir": 1, "arch": self.args.arch, "prompt": self.args.prompt,
-                 "sizes": self.recipe["sizes"], "facts": self.facts, "table": self.table,
+                 "sizes": self.sizes, "facts": self.facts, "table": self.table,
                  "raw": self.model.state_dict(), "ema": self.ema.state_dict(),
                  "optimizer": self.optimizer.state_dict(),
                  "stage": self.stage, "iteration": self.iteration}
-        last = self.out / "last.pt"
-        try:
-            with whole_file(last) as file:
-                torch.save(state, file)
-                file.flush()
-                # Copied, not renamed: last.pt must not be lacking for a moment.
-                if last.exists():
-                    copy_whole(last, self.out / "previous.pt")
-                if keep:
-                    copy_whole(file.name, self.out / keep)
-        except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise self.failed(f"{last}: not saved ({reason})") from None
+        for name in filter(None, (keep, "last.pt")):       # in this order: where last.pt says
+            try:                                           # that a stage is over, its file is there
+                with whole_file(self.out / name) as file:
+                    torch.save(state, file)
+            except (OSError, RuntimeError) as error:       # torch says RuntimeError of a full disk
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise self.failed(f"{self.out / name}: not saved ({reason})") from None
 
     def failed(self, what):
         """A ValueError that says where the run stands, what is wrong, and what is safe."""
-        good, safe = checkpoints(self.out), "no checkpoint was written yet"
-        if good:
-            safe = f"{good[0]} is unharmed; when the cause is mended, add --resume"
+        last, safe = self.out / "last.pt", "no checkpoint was written yet"
+        if last.exists():
+            safe = f"{last} is unharmed; when the cause is mended, add --resume"
         place = f"stage {self.stage + 1}, iteration {self.iteration + 1}"
         return ValueError(f"{place}: {what}; {safe}")
 
-    def load(self, say):
-        """Goes on from last.pt, or from what was saved before where that is torn or not finite.
-        Refuses another recipe: half a run by one and half by another would be neither."""
-        for path in checkpoints(self.out):
-            try:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                if not all(value.isfinite().all() for value in saved["raw"].values()):
-                    raise ValueError("numbers that are not finite")
-                break
-            except Exception as error:                 # torch raises a dozen kinds for torn files
-                reason = str(error).splitlines()[0][:80]
-                say(f"{path} can't be used ({reason}); trying the one before")
-        else:                                          # no break: none of them will do
-            raise ValueError(f"--resume: there is no readable {self.out / 'last.pt'} to go on from")
-        # Every difference is named, with both values, so that the right flag can be found.
-        changed = [f"{key}: {saved['facts'].get(key)} then, {value} now"
-                   for key, value in self.facts.items() if saved["facts"].get(key) != value]
-        if changed:
-            raise ValueError(f"--resume: {path} is of another run; {'; '.join(changed)}")
-        for name, part in (("raw", self.model), ("ema", self.ema), ("optimizer", self.optimizer)):
-            part.load_state_dict(saved[name])
-        self.stage, self.iteration = saved["stage"], saved["iteration"]
-        self.table = [tuple(row) for row in saved["table"]]
-        if self.stage == len(self.stages):
-            say(f"{path}: this run is finished; only its table and pictures are made anew")
-        else:
-            say(f"goes on from {path}: stage {self.stage + 1}, iteration {self.iteration}")
+
+def facts_of(args, schedule, data):
+    """What must stay the same when a run goes on. Flags that only change how it is computed
+    (--workers, --accumulate, --precision ...) may differ."""
+    # The recipe's numbers that shape the trajectory; period and order are in the stages.
+    kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
+    return dict(arch=args.arch, prompt=args.prompt, seed=args.seed, data=data,
+                pairs=args.pairs[2] if args.pairs else None,
+                order=[list(stage.tasks) for stage in schedule],
+                periods=[list(stage.periods) for stage in schedule],
+                **{key: args.recipe[key] for key in kept})
 
 
-def copy_whole(source, target):
-    """A copy of a file that is there whole or not at all."""
-    with whole_file(target) as file, open(source, "rb") as old:
-        shutil.copyfileobj(old, file)
+def stage_files(out):
+    """The files that stages have left, the newest one last."""
+    return sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime)
 
 
-def new_model(args):
+def newest_state(out, facts):
+    """What last.pt holds. Where it can't be read, ValueError names the newest stage's file, from
+    which the run can go on: it holds as much. And where it is of another run, each difference, so
+    that the right flag can be found: half a run by one recipe and half by another is neither."""
+    last, ends = out / "last.pt", stage_files(out)
+    try:
+        saved = read_checkpoint(last)
+        if "optimizer" not in saved:
+            raise ValueError(f"{last}: holds weights alone; to begin from them: --init")
+    except ValueError as error:
+        mend = "no stage is over yet: begin anew, in another --out"
+        if ends:
+            mend = f"copy {ends[-1]} to {last}, and --resume goes on from that stage's end"
+        raise ValueError(f"--resume: {error}; {mend}") from None
+    changed = [f"{key}: {saved['facts'].get(key)} then, {value} now"
+               for key, value in facts.items() if saved["facts"].get(key) != value]
+    if changed:
+        raise ValueError(f"--resume: {last} is of another run; {'; '.join(changed)}")
+    return saved
+
+
+def new_model(args, sizes):
     """Weights as they are before training: they depend on the seed alone, whatever was drawn
     before. fork_rng gives torch's own generator back as it was, to a notebook, say, that calls."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.arch == "classifier":
-            return build_classifier(**args.recipe["sizes"])
-        model = build_model(args.arch, args.prompt, **args.recipe["sizes"])
+            return build_classifier(**sizes)
+        model = build_model(args.arch, args.prompt, **sizes)
     if args.prompt == "ep" and "prompts" in args.recipe:
         model.prompts.copy_(args.recipe["prompts"]())
     return model
@@ -884,51 +995,34 @@ def read_init(args):
     return model, info["sizes"]
 
 
-def checkpoints(out):
-    """What a run can go on from, in the order to try: previous.pt, then the stages' ends, are for a
-    last.pt that is torn or not finite."""
-    ends = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path for path in (out / "last.pt", out / "previous.pt", *ends) if path.exists()]
+@contextlib.contextmanager
+def one_run_in(args):
+    """Around a run, in its leading process: its folder is its memory. Nothing is begun on top of
+    another run, nothing goes on without one, and nobody else writes there meanwhile.
 
-
-def open_images(args, say):
-    """The images to train on, {"photos": ImageCache of --data, dead leaves or both; a task: that
-    of --pairs}. They are decoded once into a cache beside the run."""
-    out, recipe = Path(args.out), args.recipe
-    # A run's folder is its memory: nothing is begun on top of it, and nothing goes on without it.
-    begun = checkpoints(out)
+    The lock is the operating system's: it ends with the process that holds it, however that ends.
+    SQLite, which locks its files on all systems alike, is used for nothing but that.
+    """
+    out = Path(args.out)
+    begun = (out / "last.pt").exists() or stage_files(out)
     if begun and not args.resume:
         raise ValueError(f"--out {out} holds a run; add --resume to go on, or choose another --out")
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
-    items = photo_items(args.data, args.depth, say) if args.data else []
-    if args.leaves or not args.data:
-        count, edge = recipe["leaves"]
-        items += leaf_items(args.leaves or count, edge, args.seed)
     out.mkdir(parents=True, exist_ok=True)
-    for torn in out.glob(".*.tmp"):                    # whole_file's, where a save was killed
-        torn.unlink()
-    folder, kind = args.cache or out / "cache", ImageCache
-    source = {}
-    if args.pairs:
-        pairs = pair_items(match_pairs(Path(args.pairs[0]), Path(args.pairs[1])))
-        source[args.pairs_as] = kind(folder, pairs, recipe["crop"], say)
-    if args.stages[-1].tasks != (args.pairs_as,):      # there are tasks besides that of --pairs
-        source["photos"] = kind(folder, items, recipe["crop"], say)
-    return source
-
-
-def pair_items(pairs):
-    """Items of an ImageCache for [(LQ file, GT file), ...]: images of six channels, GT then LQ, so
-    that a crop of both is one crop."""
-    return [(f"pair-{item_name(lq.stem, lq, gt)}", _make_pair, (lq, gt)) for lq, gt in pairs]
-
-
-def _make_pair(lq, gt):
-    pair = read_image(gt), read_image(lq)
-    if pair[0].shape != pair[1].shape:
-        raise ValueError(f"{lq} and {gt} are not of one size")
-    return np.concatenate(pair, 2), None                                        # (H,W,6) of uint8
+    lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:                     # others: a disk that knows no locks
+        if "locked" in str(error):
+            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
+                             "choose another --out") from None
+    try:
+        for torn in out.glob(".*.tmp"):                # whole_file's, where a save was killed
+            torn.unlink()
+        yield
+    finally:
+        lock.close()
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
@@ -941,38 +1035,52 @@ class Machine:
     """Where a run computes: the device, this process's rank among `world`, and how fast a way it
     takes. None of it changes what is computed, but for rounding.
 
-    torchrun starts `world` processes, one a GPU, and tells each its rank by environment variables.
-    Every process holds the whole model, takes its share of each batch, and DDP averages their
-    gradients, so that all make the same step.
+    torchrun starts `world` processes, one a GPU, `beside` of them on this machine, and tells each
+    its rank by environment variables. Every process holds the whole model, takes its share of each
+    batch, and DDP averages their gradients, so that all make the same step.
     """
 
     def __init__(self, args):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no GPU on this machine")
+        self.world, self.rank, self.beside, number = (
+            int(os.environ.get(name, default)) for name, default in
+            (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.device, self.parts, self.args = torch.device(args.device), args.accumulate, args
-        if args.device == "cuda":                               # under torchrun, a GPU a process
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        self.channels_last = args.channels_last or args.recipe.get("channels_last", False)
+        # Equal parts, so that each process has the same work, and none leaves a sample out.
+        batch, ways = args.recipe["batch"], f"{self.world} processes x --accumulate {self.parts}"
+        if batch % (self.world * self.parts):
+            raise ValueError(f"a batch of {batch} can't be split among {ways}; choose numbers "
+                             "that divide it")
+        if args.device == "cuda":
+            if number >= torch.cuda.device_count():
+                raise ValueError(f"--device cuda: torch finds {torch.cuda.device_count()} GPUs, "
+                                 f"and {self.beside} are needed")
+            self.device = torch.device("cuda", number)          # under torchrun, a GPU a process
+            torch.cuda.set_device(self.device)                  # its own alone
         # In bf16, torch decides operation by operation, by its own lists, what keeps float32. bf16
         # has float32's range of exponents: small gradients do not vanish, so the loss needs no
         # scaling, which fp16 would.
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16,
                                 enabled=args.precision == "bf16")
-        # Equal parts, so that each process has the same work, and share leaves no sample out.
-        batch, ways = args.recipe["batch"], f"{self.world} processes x --accumulate {self.parts}"
-        if batch % (self.world * self.parts):
-            raise ValueError(f"a batch of {batch} can't be split among {ways}; choose numbers "
-                             "that divide it")
         if self.world > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        # TF32 keeps 10 bits of a product's mantissa: faster on GPUs from 2020 on. The paper's torch
-        # 1.12 had it on for convolutions and off for matrix products; fp32 here means neither.
-        torch.backends.cudnn.allow_tf32 = args.precision in ("tf32", "tf32conv")
-        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-        torch.backends.cudnn.deterministic = True               # the same bits every time
+            # When a process ends, torchrun ends the others. So a long wait need not be a failure:
+            # the first one may be decoding DF2K.
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(days=1),
+                                    device_id=self.device if args.device == "cuda" else None)
+        set_precision("fp32")
+        torch.backends.cudnn.deterministic = True               # of two algorithms, the same one
 
-    def share(self, batch):
+    @contextlib.contextmanager
+    def fast_products(self):
+        """TF32, where --precision asks for it. Outside, for the data and for validation, it is off.
+        """
+        set_precision(self.args.precision)
+        try:
+            yield
+        finally:
+            set_precision("fp32")
+
+    def rows_of(self, batch):
         """Which samples of a batch are this process's: a list of parts, each a range. Batch 8, two
         processes, --accumulate 2: rank 0 has [0..1, 2..3], rank 1 has [4..5, 6..7]."""
         size = batch // (self.world * self.parts)
@@ -983,23 +1091,25 @@ class Machine:
         """The model as it is called in training. The same weights: run.model sees every step."""
         if self.args.checkpointing:
             recompute_blocks(model)
-        if self.channels_last:
-            lay_channels_last(model)
         if self.world > 1:
-            # Each backward ends with the mean of p.grad over all processes. With several parts,
-            # that holds the earlier parts' mean, the same everywhere, which a mean leaves alone.
-            model = torch.nn.parallel.DistributedDataParallel(model)
+            # Each backward ends with the mean of p.grad over all processes. Without no_sync every
+            # part's backward averages the ACCUMULATED p.grad. What earlier parts left is already
+            # equal in all processes, so averaging it again changes nothing; it only costs traffic.
+            # Buffers never change, so they need not be sent.
+            model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         return torch.compile(model) if self.args.compile else model
 
-    def sum_of_all(self, x):
-        """The tensor, added up over all processes; whoever comes first waits for the others."""
+    def sums(self, x):
+        """The numbers of a tensor (n,), each added up over all processes: [number, ...]. Who asks
+        waits for the other processes and for the GPU."""
         if self.world > 1:
             dist.all_reduce(x)
-        return x
+        return x.tolist()                          # waits for the GPU
 
-    def any_of_all(self, flag):
-        """Whether any process says so, so that all of them stop after the same iteration."""
-        return self.sum_of_all(torch.tensor(float(flag), device=self.device)).item() > 0
+    def wait_for_all(self):
+        """Goes on when all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 def recompute_blocks(model):
@@ -1013,14 +1123,6 @@ def recompute_blocks(model):
             module.three_blocks = partial(checkpoint, module.three_blocks, use_reentrant=False)
 
 
-def lay_channels_last(model):
-    """Convolutions' weights in torch.channels_last, (N,H,W,C) in memory: what convolution kernels
-    want, and the order that layer norm needs. (`model.to` refuses PromptIR's 5-D prompts.)"""
-    for p in model.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-
-
 # ---- What a run says -----------------------------------------------------------------------------
 # On the screen: the plan, a line every log_every iterations, the stage x task table after each
 # stage, where the results lie. In the files the same: log.jsonl, table.md, and as pictures.
@@ -1028,11 +1130,25 @@ def lay_channels_last(model):
 #     stage 2/7 140/200 | loss jpeg 0.0301 rain 0.0442 | lr 3.3e-04 | 95.2 images/s | 3 min left
 #     validation: blur 28.42 noise 19.76 jpeg 32.30 rain 23.60 haze 12.20 dark 16.16 sr 27.40
 
-def before_training(args, pairs):
-    """The first row of a run's table, (name, {task: number}): what training has to beat."""
-    if args.arch == "classifier":
-        return "chance", dict.fromkeys(pairs, 100 / len(pairs))    # of seven answers, or eight
-    return "input", input_psnr(pairs)
+def scored_pairs(run):
+    """{task: [(lq, gt), ...]} of the built-in images, which no run trains on: for validation."""
+    images = builtin_images(*run.recipe["validate"])
+    pairs = validation_pairs(images)
+    if "none" in run.schedule[-1].tasks:
+        pairs["none"] = clean_pairs(images)            # a classifier that may find nothing
+    return pairs
+
+
+def rows_before_training(run, pairs, machine, log):
+    """The first rows of a run's table, [(name, {task: number}), ...]: what training has to beat,
+    and with --init the weights that it starts from."""
+    if run.args.arch == "classifier":
+        rows = [("chance", dict.fromkeys(pairs, 100 / len(pairs)))]    # of seven answers, or eight
+    else:
+        rows = [("input", input_psnr(pairs))]
+    if run.args.init:
+        rows.append(("--init", validate(run, pairs, machine, log)))
+    return rows
 
 
 def validate(run, pairs, machine, log):
@@ -1045,49 +1161,60 @@ def validate(run, pairs, machine, log):
     started, scores = time.monotonic(), {}
     if run.leads:
         log.say("validation:", end="")
+        score = accuracy if run.args.arch == "classifier" else mean_psnr
         for task, examples in pairs.items():
-            if run.args.arch == "classifier":
-                scores.update(confusion(run.model, {task: examples})[0])
-            else:
-                scores.update(mean_psnr(run.model, {task: examples}, machine.device))
-            log.say(f" {task} {scores[task]:.2f}", end="")
+            scores.update(score(run.model, {task: examples}, machine.device))
+            log.say(f" {task} {figure(scores[task])}", end="")
         log.say("")
         log.write(stage=run.stage + 1, iteration=run.iteration, psnr=scores)
-    machine.any_of_all(False)                      # here the others wait
-    log.validation = time.monotonic() - started
-    log.idle += log.validation
+    machine.wait_for_all()
+    log.idle += time.monotonic() - started
     return scores
 
 
-def refuse_what_is_not_finite(run, losses, norm, tasks):
+def accuracy(classifier, pairs, device):
+    """{task: %}, as mean_psnr's of a backbone."""
+    return confusion(classifier, pairs)[0]
+
+
+def refuse_what_is_not_finite(run, losses, norm):
     """Raises ValueError that names the task whose loss is not a number, or the gradient: a finite
     loss can have an infinite one, and a single step with it would poison every weight."""
-    numbers = [(f"the loss of {task}", loss) for task, loss in zip(tasks, losses.tolist())]
-    for what, number in [*numbers, ("the gradient", norm.item())]:
+    tasks = run.tasks_at(run.iteration)
+    numbers = [(f"the loss of {task}", loss) for task, loss in zip(tasks, losses)]
+    for what, number in [*numbers, ("the gradient", norm)]:
         if not math.isfinite(number):
             raise run.failed(f"{what} is not finite; the weights were left as they were before")
 
 
 class Log:
     """Progress on the screen and in log.jsonl, one JSON object a line; one process of many speaks.
+    A new run begins a new log, a resumed one goes on in its own.
 
     Between two reports the losses of every task are collected, so that each report has means over
     all images of a task since the one before, not the last batch's.
     """
 
     def __init__(self, run):
-        self.speaks = run.leads
-        # Line-buffered, so a killed run's log is whole.
-        self.file = open(run.out / "log.jsonl" if run.leads else os.devnull, "a", buffering=1)
+        self.speaks, path = run.leads, run.out / "log.jsonl"
+        # Line-buffered, so a killed run's log is whole but for its last line.
+        self.file = open(path if run.leads else os.devnull, "a" if run.args.resume else "w",
+                         buffering=1, encoding="utf-8")
+        if self.file.tell():                       # which would swallow the next
+            self.file.write("\n")
         self.losses = {task: [] for task in ANSWERS}
         self.iterations = 0                        # of this session: a resumed run counts anew
-        # Seconds: when it began; how long validations took, all of them, and the last one.
-        self.start, self.idle, self.validation = time.monotonic(), 0.0, 0.0
-        # Ctrl-C and `kill` ask: the loop ends its iteration, saves and says how to go on. A handler
-        # may run between any two instructions, so it does no more than note that it was called.
-        self.stop = None
-        self.handlers = {number: signal.signal(number, self.ask_to_stop)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+        # Seconds: when it began, and how long validations took.
+        self.start, self.idle = time.monotonic(), 0.0
+        # The signals ask: the loop ends its iteration, saves and says how to go on. A handler may
+        # run between any two instructions, so it does no more than note that it was called.
+        self.stop, self.handlers = None, {}
+        # Python lets the main thread alone have handlers; who trains in another one, behind a web
+        # page's button, has no signals to mind. And a hangup that nohup ignores stays ignored.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
 
     def ask_to_stop(self, number, frame):
         """A signal's handler; notes which, as the exit code of a stopped run is 128 + number."""
@@ -1097,6 +1224,7 @@ class Log:
         """Gives the signals back to whom they belonged."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.file.close()
 
     def say(self, text, end="\n"):
         """A line on the screen."""
@@ -1107,41 +1235,34 @@ class Log:
         """A line in log.jsonl."""
         self.file.write(json.dumps(fields) + "\n")
 
-    def rate(self):
-        """Iterations per second of training in this session, validations not counted."""
-        return self.iterations / max(time.monotonic() - self.start - self.idle, 1e-9)
+    def images_per_second(self, run):
+        """Of training in this session, validations not counted."""
+        seconds = time.monotonic() - self.start - self.idle
+        return self.iterations * run.recipe["batch"] / max(seconds, 1e-9)
 
-    def left(self, run):
-        """Seconds to the end of the run at this rate, with as many validations as are to come, each
-        as long as the last one; before the first, of training alone."""
-        seconds, done = 0.0, run.iteration         # done: iterations, of the stage looked at
-        for stage in run.stages[run.stage:]:
-            every = run.args.val_every or stage.iterations
-            planned = math.ceil(stage.iterations / every)          # the one at the end included
-            over = max(done - 1, 0) // every                       # one that is due now is not
-            seconds += (stage.iterations - done) / self.rate() + (planned - over) * self.validation
-            done = 0
-        return seconds
-
-    def add(self, run, losses, tasks, norm, lr):
+    def add(self, run, losses, norm, lr):
         """Counts an iteration; speaks every log_every iterations, at a stage's end, and at the
         20th of a session, when one can tell how long it will take, though the first are slow.
-        losses: (batch,), tasks: their names, norm: the gradient's, lr: the rate that was used."""
-        for task, loss in zip(tasks, losses.tolist()):
+        losses: [number], of all samples of the batch, norm: the gradient's, lr: the rate used."""
+        for task, loss in zip(run.tasks_at(run.iteration - 1), losses):
             self.losses[task].append(loss)
         self.iterations += 1
-        t, total = run.iteration, run.stages[run.stage].iterations
+        stage = run.schedule[run.stage]
+        t, total = run.iteration, stage.iterations
         if t % run.recipe["log_every"] != 0 and t != total and self.iterations != 20:
             return
         # Means since the last report. Five decimals: a loss of .00001 is a 400th of a grey level.
         means = {task: round(float(np.mean(seen)), 5) for task, seen in self.losses.items() if seen}
         self.losses = {task: [] for task in ANSWERS}
         losses = " ".join(f"{task} {loss:.4f}" for task, loss in means.items())
-        images, left = self.rate() * run.recipe["batch"], self.left(run)
-        self.say(f"stage {run.stage + 1}/{len(run.stages)} {t}/{total} | loss {losses} | "
-                 f"lr {lr:.1e} | {images:.1f} images/s | {clock(left)} left")
-        self.write(stage=run.stage + 1, iteration=t, tasks=run.stages[run.stage].tasks, loss=means,
-                   lr=lr, gradient_norm=round(norm.item(), 5), images_per_second=round(images, 2),
+        # What is left of the run, at the rate so far.
+        todo = sum(stage.iterations for stage in run.schedule[run.stage:]) - t
+        rate = self.images_per_second(run)
+        left = todo * run.recipe["batch"] / rate
+        self.say(f"stage {run.stage + 1}/{len(run.schedule)} {t}/{total} | loss {losses} | "
+                 f"lr {lr:.1e} | {rate:.1f} images/s | {clock(left)} left")
+        self.write(stage=run.stage + 1, iteration=t, tasks=stage.tasks, loss=means, lr=lr,
+                   gradient_norm=round(norm, 5), images_per_second=round(rate, 2),
                    seconds_left=round(left))
 
 
@@ -1150,53 +1271,70 @@ def show_table(run, log):
     those already trained framed. Printed, and written as table.md, table.png; curves.png too.
 
     Read down a column: where a frame begins, a task is trained for the first time and should rise;
-    below, where later tasks join it, it should not fall: that is what rehearsal is for.
+    below, where later tasks join it, it should not fall: that is what rehearsal is for. Tasks that
+    the run never trains stand in brackets, and do not count in the mean.
     """
     unit = "accuracy (%)" if run.args.arch == "classifier" else "PSNR (dB)"
-    columns = [*run.table[0][1], "mean"]                   # TASKS, perhaps "none" of a classifier
+    learned = run.schedule[-1].tasks
+    tasks = list(run.table[0][1])                          # TASKS, perhaps "none" of a classifier
+    columns = [task if task in learned else f"({task})" for task in tasks] + ["mean"]
     rows = []
     for name, scores in run.table:
-        rows.append((name, [*scores.values(), float(np.mean(list(scores.values())))]))
+        [mean] = plain_mean([[scores[task]] for task in tasks if task in learned])
+        rows.append((name, [*scores.values(), mean]))
     text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
-    (run.out / "table.md").write_text(text + "\n")
-    # Row 0 is the input; row i is after stage i, which trained these columns.
-    trained = {(i, columns.index(task)) for i, stage in enumerate(run.stages, 1)
-               for task in stage.tasks}
-    title = f"{run.args.name}: {unit} after each stage (framed: trained in it)"
-    matrix_picture(run.out / "table.png", title, columns, rows, trained)
+    (run.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    log.say(text)
+    # The rows of stages come last; each has trained these columns.
+    first = len(rows) - run.stage
+    framed = {(first + k, tasks.index(task)) for k, stage in enumerate(run.schedule[:run.stage])
+              for task in stage.tasks}
+    name = name_of(run.args)
+    title = f"{name}: {unit} after each stage (framed: trained in it)"
+    draw_or_say_why(log, matrix_picture, run.out / "table.png", title, columns, rows, framed)
     begins, rates, done = {}, [], 0
-    for k, stage in enumerate(run.stages, 1):
+    for k, stage in enumerate(run.schedule, 1):
         begins[f"stage {k}"] = done
         rates += [(done + t, lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"]))
                   for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1))]
         done += stage.iterations
-    curves_picture(run.out / "curves.png", run.args.name, run.out / "log.jsonl", rates, begins)
-    log.say(text)
+    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl", rates,
+                    begins)
+
+
+def draw_or_say_why(log, picture, path, *what):
+    """A picture, for once it is all the same which: no fault in drawing it may end a training."""
+    try:
+        picture(path, *what)
+    except Exception as error:                             # a full disk, a Pillow without fonts ...
+        log.say(f"{path}: not drawn ({' '.join(str(error).split())[:100]})")
 
 
 def announce(run, source, machine, say):
     """After the plan: where, on what, and what fine-tuning does to tasks that it leaves out."""
-    # The machine, since the same seed gives the same bits on the same kind of machine only.
-    where = f"cpu, {torch.get_num_threads()} threads"
-    if machine.device.type == "cuda":
-        where = torch.cuda.get_device_name(machine.device)
-    size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
-    crops = f"crops from {sum(len(images) for images in source.values())} images"
-    say(f"on {where}, {machine.world} process(es), {run.args.precision}: {size}, {crops}")
-    others = ", ".join(task for task in TASKS if task not in run.stages[-1].tasks)
+    # The threads, since the order of sums, and so the bits, hang on them.
+    say(f"on {machine.device}, {machine.world} process(es) of {torch.get_num_threads()} threads, "
+        f"{run.args.precision}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+        f"crops from {sum(len(images) for images in source.values())} images")
+    others = ", ".join(task for task in TASKS if task not in run.schedule[-1].tasks)
     if run.args.init and others:
         say(f"fine-tuning: {others} are not rehearsed and get worse; --order keeps them")
+    if run.stage == len(run.schedule):
+        say(f"{run.out / 'last.pt'}: this run is finished; only its table and pictures are made "
+            "anew")
+    elif run.args.resume:
+        say(f"goes on from {run.out / 'last.pt'}: stage {run.stage + 1}, iteration {run.iteration}")
 
 
 def stopped(run, log):
-    """After SIGINT or SIGTERM: everything is saved, and the command that goes on is shown. Exits
-    with 128 + the signal's number, as shells expect."""
+    """After a signal: everything is saved, and the command that goes on is shown. Exits with 128 +
+    the signal's number, as shells expect."""
     run.save()
     start = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:        # torchrun started this process
         start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
     # The command as it was typed, quoted for a shell, with one --resume.
-    again = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+    again = shlex.join([word for word in run.args.command if word != "--resume"] + ["--resume"])
     log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
             f"To go on:\n  {start} {again}")
     sys.exit(128 + (log.stop or signal.SIGTERM))   # None: it was another process that was asked
@@ -1208,92 +1346,71 @@ def finish(run, pairs, log, machine):
     if run.args.arch == "classifier":
         log.say(f"\n{confusion_text(*confusion(run.model, pairs))}")
     else:
-        task_strips(run.out / "strips.png", run.model, pairs, machine.device)
-    script = "eval.py" if len(TASKS) == 7 else sys.argv[0]         # a task more: who added it
+        learned = {task: pairs[task] for task in run.schedule[-1].tasks}
+        draw_or_say_why(log, task_strips, run.out / "strips.png", run.model, learned,
+                        machine.device)
+    script = "eval.py" if len(TASKS) == 7 else run.args.command[0]     # a task more: who added it
     command = f"python {script} {shlex.quote(f'{run.out}/last.pt')}"
-    if run.args.pairs:                             # the table above is of other images than these
-        command += f" --pairs {shlex.join(run.args.pairs)}"
-        command += f" --task {run.args.pairs_as}" if run.args.prompt == "ep" else ""
     if run.args.data or run.args.pairs:
         log.say("(The table is of the built-in images, held out; not of yours.)")
-    took, speed = clock(time.monotonic() - log.start), f"{log.rate() * run.recipe['batch']:.1f}"
+    if run.args.pairs:                             # what it has seen says nothing of what it can do
+        command += " --pairs LQ GT, of pairs that it was not trained on"
+    took = clock(time.monotonic() - log.start)
     if machine.device.type == "cuda":
         took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"
-    log.say(f"done in {took}, {speed} images/s; {run.out} holds last.pt, log and pictures\n"
-            f"next: {command}")
+    log.say(f"done in {took}, {log.images_per_second(run):.1f} images/s; {run.out} holds last.pt, "
+            f"log and pictures\nnext: {command}")
 
 
 def train(args):
-    """A whole run, from Args to the last picture. Under torchrun, each process calls it."""
+    """A whole run, from the flags to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
         return print(plan(args))
     # The plan comes first, but for what is refused at once; images may take a while.
-    for folder in (*(args.data or ()), *(args.pairs or ()), *filter(None, [args.depth])):
+    for folder in (*(args.data or ()), *(args.pairs or ())[:2], *filter(None, [args.depth])):
         require_folder(folder)
     machine = Machine(args)
     leads = machine.rank == 0
-    if leads:
-        print(plan(args), flush=True)
-    # Every process builds the same model from the same seed; DDP also copies rank 0's weights.
-    run = Run(args, machine.device, leads)
-    source = open_images(args, print) if leads else None            # one decodes, others wait
-    machine.any_of_all(False)                                       # here
-    source = source or open_images(args, lambda text: None)
-    run.identify("; ".join(images.identity for images in source.values()))
-    net = machine.wrap(run.model)
-    log = Log(run)
-    try:
-        announce(run, source, machine, log.say)
-        if args.resume:
-            run.load(log.say)
-        run_stages(run, net, source, machine, log)
-    finally:
-        log.close()
+    with one_run_in(args) if leads else contextlib.nullcontext():
+        if leads:
+            print(plan(args), flush=True)
+        source = open_images(args, print) if leads else None        # one decodes
+        machine.wait_for_all()                                      # the others wait
+        source = source or open_images(args, lambda text: None)
+        data = "; ".join(images.identity for images in source.values())
+        # Every process builds the same model from the same seed; DDP also copies rank 0's weights.
+        run = Run(args, machine.device, leads, data)
+        net, log = machine.wrap(run.model), Log(run)
+        try:
+            announce(run, source, machine, log.say)
+            run_stages(run, net, source, machine, log)
+        finally:
+            log.close()
+    if machine.world > 1:                          # not after a failure: then it can itself hang
+        dist.destroy_process_group()
 
 
 def main(argv=None):
-    """The command. Whatever the user can mend ends in one line and a non-zero exit.
-
-    Where torchrun started it, the line would be followed, and hidden, by torchrun's own report,
-    some thirty lines on which process failed. What a process writes to TORCHELASTIC_ERROR_FILE ends
-    that report; of several processes, what has the earliest time.
-    """
-    try:
-        command(argv)
-    except SystemExit as end:
-        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if file and isinstance(end.code, str):
-            line = {"message": end.code, "timestamp": int(time.time())}
-            Path(file).write_text(json.dumps(line))
-        raise
-    finally:                                       # now the others learn that this one is gone
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def command(argv):
-    """Parses the command line and trains; what the user can mend becomes one line."""
+    """The command. Whatever the user can mend ends in one line and a non-zero exit; under torchrun,
+    `record` also puts it into torchrun's report of which process failed first."""
     args = parse(argv)
     tune_cpu()
+    under_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ
     try:
-        train(args)
+        (record(train) if under_torchrun else train)(args)
+    except KeyboardInterrupt:                      # later ones are Log's
+        print("train.py: stopped before the first iteration", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (RuntimeError, MemoryError) as error:
-        # What the machine lacks: torch says RuntimeError of memory, of a process gone and of a
-        # compiler alike, so words and flags must tell them apart. The rest is a fault of ours, of
-        # which the traceback helps.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if lacks_memory(error):
+        if lacks_memory(error):                    # torch says RuntimeError of memory, too
             sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
                      "--checkpointing, --batch or --crop")
         if isinstance(error, dist.DistError) or "by peer" in str(error):
-            time.sleep(1)                          # let the cause be the earlier one
             sys.exit("train.py: another process has ended, and said why")
-        if args.compile:
-            sys.exit(f"train.py: --compile failed ({reason}); it needs a C++ compiler on a CPU, "
-                     "Triton on a GPU; leave it out")
-        raise
+        raise                                      # a fault of ours, of which the traceback helps
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import copy
 import functools
 import gc
 import io
+import math
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ import train  # noqa: E402
 from eval import markdown, psnr, restored, tune_cpu, validation_pairs  # noqa: E402
 from mioir import ARCHS, TASKS, build_model, restore  # noqa: E402
 from published import Published  # noqa: E402
-from train import lay_channels_last, recompute_blocks  # noqa: E402
+from train import recompute_blocks  # noqa: E402
 
 
 # ---- Ours and theirs -----------------------------------------------------------------------------
@@ -163,14 +165,9 @@ def networks(args, device):
         crops, tasks, photo = crops_and_photo(args, device)
         difference = agreement(ours, theirs, crops, tasks)
         refuse_disagreement(arch, difference)
-        layout = torch.contiguous_format
-        if args.channels_last:
-            lay_channels_last(ours)
-            layout = torch.channels_last
         row = [arch, f"{difference:.0e}"]
         for work, x, task in ((training_step, crops, tasks), (restoring, photo, tasks[:1])):
-            our_x = x.contiguous(memory_format=layout)
-            times = medians({"ours": functools.partial(work, ours, our_x, task),
+            times = medians({"ours": functools.partial(work, ours, x, task),
                              "theirs": functools.partial(work, theirs, x, task)},
                             args.repeat, device)
             row += side_by_side(times["ours"], times["theirs"])
@@ -208,7 +205,7 @@ class AllWindowsAtOnce(mioir.WindowAttention):
 
 
 class PointwiseAsProducts(torch.nn.Conv2d):
-    """1 x 1 convolutions as matrix products over the channels, for maps that are channels-last."""
+    """1 x 1 convolutions as matrix products over the channels."""
     def forward(self, f):
         return F.linear(f.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
@@ -234,12 +231,10 @@ TRICKS = (
     ("window chunks", "ours", "AllWindowsAtOnce"),
     ("denormals become zeros", "ours", "denormals stay"),
     # Those that a run may ask for.
-    ("channels last", "channels last", "ours"),
     ("--checkpointing", "checkpointing", "ours"),
     ("torch.compile", "compiled", "ours"),
     # Tried, and not in the code.
     ("1 x 1 convolutions as products", "PointwiseAsProducts", "ours"),
-    ("the same, channels last", "channels last, products", "channels last"),
     ("hidden channels padded to 8", "HiddenPadded", "ours"),
     ("inference_mode, not no_grad", "inference mode", "ours"),
 )
@@ -264,11 +259,6 @@ def variants(ours, compiled):
         changed = with_plain(ours, plain)
         if changed is not None:
             made[plain.__name__] = changed
-    for name, source in (("channels last", "ours"),
-                         ("channels last, products", "PointwiseAsProducts")):
-        if source in made:
-            made[name] = copy.deepcopy(made[source])
-            lay_channels_last(made[name])
     made["checkpointing"] = copy.deepcopy(ours)
     recompute_blocks(made["checkpointing"])
     made["denormals stay"] = made["inference mode"] = ours
@@ -287,11 +277,8 @@ def run_variant(name, work, model, x, task):
 
 def time_variants(models, work, x, task, repeat, device):
     """{variant: median seconds}, all variants of a model interleaved."""
-    works = {}
-    for name, model in models.items():
-        layout = torch.channels_last if "channels last" in name else torch.contiguous_format
-        works[name] = functools.partial(run_variant, name, work, model,
-                                        x.contiguous(memory_format=layout), task)
+    works = {name: functools.partial(run_variant, name, work, model, x, task)
+             for name, model in models.items()}
     return medians(works, repeat, device)
 
 
@@ -393,7 +380,7 @@ COLUMNS = {    # how a network is trained: flags of train.py; the last takes min
     "fp32": ["--precision", "fp32"],
     "tf32": ["--precision", "tf32"],
     "bf16": ["--precision", "bf16"],
-    "bf16, compiled, channels last": ["--precision", "bf16", "--compile", "--channels-last"],
+    "bf16, compiled": ["--precision", "bf16", "--compile"],
 }
 NOT_RUN = "not run"
 
@@ -444,32 +431,36 @@ def settings_of(arch, flags, args, device):
     return settings, batch, crop
 
 
-def random_batch(batch, crop, machine):
-    """lq, gt, task as train.prepare_batch lays them out; what they show costs no time."""
-    lq = torch.rand(batch, 3, crop, crop, device=machine.device)
-    gt = torch.rand(batch, 3, crop, crop, device=machine.device)
-    if machine.channels_last:
-        lq = lq.contiguous(memory_format=torch.channels_last)
-    return lq, gt, torch.arange(batch, device=machine.device) % len(TASKS)
+def random_batch(batch, crop, device):
+    """lq, gt, task as train.make_batch gives them; what they show costs no time."""
+    lq, gt = torch.rand(2, batch, 3, crop, crop, device=device)
+    return lq, gt, torch.arange(batch, device=device) % len(TASKS)
 
 
 def our_iteration(arch, flags, args, device):
-    """One iteration of train.py as a function: forward, backward, optimiser, EMA."""
+    """train.iterate as a function, but for the degrading; it returns the seconds that were spent in
+    waiting for the device. And the batch."""
     settings, batch, crop = settings_of(arch, flags, args, device)
     torch.backends.cudnn.benchmark = False
     machine = train.Machine(settings)
     run = train.Run(settings, machine.device)
-    net = machine.wrap(run.model)
-    lq, gt, task = random_batch(batch, crop, machine)
+    run.recipe.update(batch=batch, crop=crop)
+    net = machine.wrap(run.model).train()
+    draws = torch.rand(batch, len(train.drop_paths(run.model)), device=device)
+    ready = (*random_batch(batch, crop, device), draws)
+    waited = []
+
+    def timed_sums(x):
+        start = time.perf_counter()
+        numbers = train.Machine.sums(machine, x)
+        waited.append(time.perf_counter() - start)
+        return numbers
+    machine.sums = timed_sums
 
     def iteration():
-        run.optimizer.zero_grad(set_to_none=True)
-        net.train()
-        with machine.autocast():
-            loss = train.loss_per_image(net, lq, gt, task).mean()
-        loss.backward()
-        run.optimizer.step()
-        train.update_ema(run.ema, run.model, run.recipe["ema"])
+        with mock.patch.object(train, "make_batch", lambda *what: ready):
+            train.iterate(run, net, [(range(batch), None)], machine, run.recipe["lr"], False)
+        return waited[-1]
     return iteration, batch
 
 
@@ -482,7 +473,7 @@ def their_iteration(arch, args, device):
     optimizer = getattr(torch.optim, recipe["optimizer"])(
         net.parameters(), recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"])
     ema = [p.detach().clone() for p in net.parameters()]
-    lq, gt, task = random_batch(batch, crop, machine)
+    lq, gt, task = random_batch(batch, crop, device)
 
     def iteration():
         optimizer.zero_grad(set_to_none=True)
@@ -490,6 +481,7 @@ def their_iteration(arch, args, device):
         optimizer.step()
         for average, p in zip(ema, net.parameters()):
             average.mul_(recipe["ema"]).add_(p.detach(), alpha=1 - recipe["ema"])
+        return float("nan")                            # it reads nothing, so waits for nothing
     return iteration, batch
 
 
@@ -504,13 +496,27 @@ def measure_cell(arch, column, args, device):
         iteration()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    count, took = 0, 0.0
+    count, took, waits = 0, 0.0, []
     while count < (20 if on_gpu else 3) and took < 3:
-        took += seconds(iteration, device)
+        took += seconds(lambda: waits.append(iteration()), device)
         count += 1
-    rate = count / took
+    rate, share = count / took, sum(waits[-count:]) / took
+    waiting = "" if math.isnan(share) else f", {share:.0%} of it waiting"
     peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if on_gpu else f"GB {NOT_RUN}"
-    return f"{rate:.2f} it/s, {rate * batch:.1f} images/s, {peak}"
+    return f"{rate:.2f} it/s, {rate * batch:.1f} images/s, {peak}{waiting}"
+
+
+def swinir_memory(args, device):
+    """Rows: the peak of memory of SwinIR, the largest of the five, at the paper's batch."""
+    rows = []
+    for flags in ([], ["--checkpointing"]):
+        iteration, batch = our_iteration("swinir", flags, args, device)
+        iteration()
+        torch.cuda.reset_peak_memory_stats()
+        iteration()
+        rows.append([f"batch {batch} {' '.join(flags)}",
+                     f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"])
+    return rows
 
 
 def cell(arch, column, args, device, limit):
@@ -537,16 +543,16 @@ def data_rates(args, device):
         machine, run = train.Machine(settings), train.Run(settings, device)
         run.recipe.update(batch=batch, crop=crop)
         loader = train.batches(run, source, machine)
-        (_, samples), = next(loader)[1]                # the first one waits for the processes
+        (_, part), = next(loader)[1]                   # the first one waits for the processes
         count, start = 0, time.perf_counter()
         for _, parts in loader:
-            (_, samples), = parts
+            (_, part), = parts
             count += batch
             if count >= 50 * batch or time.perf_counter() - start > 5:
                 break
         loaded = count / (time.perf_counter() - start)
         loader.close()
-    degrading = functools.partial(train.make_batch, samples, crop, device)
+    degrading = functools.partial(train.make_batch, part, crop, device)
     took = medians({"degrade": degrading}, 10, device)["degrade"]
     return [[f"crops of {crop} prepared by the loader", f"{loaded:.0f}"],
             ["degraded on the device", f"{batch / took:.0f}"]]
@@ -555,7 +561,7 @@ def data_rates(args, device):
 def short_training(precision, args, device, folder):
     """Mean PSNR over the tasks after some iterations of train.py: a small SRResNet, dead leaves."""
     out = Path(folder) / precision
-    preset, leaves = ("smoke", "2") if args.small else ("study", "16")
+    preset, leaves = ("smoke", "2") if args.small else ("demo", "16")
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(["--arch", "srresnet", "--prompt", "ep",
                     "--preset", preset, "--leaves", leaves,
@@ -576,7 +582,7 @@ def quality_rows(args, device):
     return rows
 
 
-def gpu_report(args, device, cells, rates, quality):
+def gpu_report(args, device, cells, rates, quality, swinir):
     """The Markdown that `gpu` writes, with what is measured so far."""
     def table(header, rows):
         if isinstance(rows, str):                      # why there are none
@@ -591,8 +597,10 @@ def gpu_report(args, device, cells, rates, quality):
         "# Training on this machine", "",
         f"{where(device)}; {time.strftime('%d %B %Y')}; `python tests/bench.py {args.command}`", "",
         f"A training iteration (forward, L1, backward, optimiser, EMA): crops of {args.size} "
-        f"(Uformer: a multiple of 128), batch: {batch}{small}; the peak of memory:", "",
+        f"(Uformer: a multiple of 128), batch: {batch}{small}; the peak of memory; the share of the "
+        "time in which the processor waits for the device, that is, has nothing more to prepare:", "",
         table(["", *COLUMNS], rows), "",
+        table(["SwinIR, fp32", "GB at most"], swinir), "",
         table(["the data path", "images/s"], rates), "",
         f"After {args.iterations} iterations of a small SRResNet with explicit prompts on dead "
         "leaves (train.py), mean over the seven tasks:", "",
@@ -604,7 +612,7 @@ def gpu(args, device):
     args.iterations -= args.iterations % 10            # the schedule has ten equal periods
     out, end = Path(args.out or "runs/gpu.md"), time.monotonic() + 60 * args.minutes
     out.parent.mkdir(parents=True, exist_ok=True)
-    cells, rates, quality = {}, NOT_RUN, NOT_RUN
+    cells, rates, quality, swinir = {}, NOT_RUN, NOT_RUN, NOT_RUN
     *quick, compiled = COLUMNS
 
     def fill(columns):
@@ -613,9 +621,11 @@ def gpu(args, device):
             limit = seconds_for(len(todo) - done, end)
             cells[arch, column] = cell(arch, column, args, device, limit)
             print(f"{arch}, {column}: {cells[arch, column]}", flush=True)
-            out.write_text(gpu_report(args, device, cells, rates, quality))
+            out.write_text(gpu_report(args, device, cells, rates, quality, swinir))
 
     fill(quick)
+    if device.type == "cuda":
+        swinir = attempt(functools.partial(swinir_memory, args, device), seconds_for(3, end))
     rates = attempt(functools.partial(data_rates, args, device), seconds_for(2, end))
     quality = attempt(functools.partial(quality_rows, args, device), seconds_for(1, end))
     fill([compiled])
@@ -729,9 +739,10 @@ def data(args, device):
         rows = []
         for tasks in (*((task,) for task in TASKS), TASKS):
             start = time.perf_counter()
-            samples = [train.sample({"photos": cache}, tasks, 128, count, (0, 0, 0, i)) for i in range(count)]
+            part = train.Part([train.sample({"photos": cache}, tasks, 128, count, (0, 0, 0, i))
+                               for i in range(count)])
             drawing = time.perf_counter() - start
-            degrading = seconds(functools.partial(train.make_batch, samples, 128, device), device)
+            degrading = seconds(functools.partial(train.make_batch, part, 128, device), device)
             rows.append(["all seven" if len(tasks) > 1 else tasks[0], f"{count / drawing:.0f}",
                          f"{count / degrading:.0f}", f"{count / (drawing + degrading):.0f}"])
     print(markdown([f"crops/s of 128 x 128, batch of {count}", "drawn", "degraded", "both"], rows))
@@ -793,7 +804,6 @@ def parse(argv):
     add("--repeat", type=int, default=5, help="networks, ablation: of which the median counts")
     add("--threads", type=int, help="of the processor (default: torch's choice)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--channels-last", action="store_true", help="networks: ours as train.py --channels-last")
     add("--compile", action="store_true", help="gpu: compile on a processor too; ablation: "
         "torch.compile has a row, minutes for each network")
     add("--minutes", type=float, default=7, help="gpu: when to stop, but for what has begun")

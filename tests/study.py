@@ -3,7 +3,7 @@
     python tests/bench.py study --images DIR --jobs 1        # hours; stopped, it goes on
     python tests/bench.py study --report                     # the tables of what is there
 
-Small networks of --preset study, trained on the photos in DIR and on dead leaves. Each variant is
+Small networks of three demos' length, trained on the photos in DIR and on dead leaves. Each variant is
 trained from several seeds. Variants of one seed begin with the same weights (but for the prompt
 path's) and see the same images, so what is compared is a pair: the gain of S on M is a mean over
 seeds of S's gain on the M of the same seed, and its spread is that of these differences.
@@ -41,10 +41,14 @@ CLAIMS = (("S", "M"), ("S+EP", "M+EP"), ("S+AP", "M+AP"), ("M+EP", "M"), ("S+EP"
           ("M+AP", "M"), ("S+AP", "S"), ("S+EP", "M"))
 
 
+# Half an hour a training on one core.
+LENGTH = ["--preset", "demo", "--period", "600", "--lr", "1e-3"]
+
+
 def flags_of(arch, variant, seed):
     """A training as flags of train.py: S+EP is --seq --prompt ep."""
     schedule, _, prompt = variant.partition("+")
-    flags = ["--arch", arch, "--preset", "study", "--seed", str(seed)]
+    flags = ["--arch", arch, *LENGTH, "--seed", str(seed)]
     flags += ["--seq"] if schedule == "S" else []
     return flags + (["--prompt", prompt.lower()] if prompt else [])
 

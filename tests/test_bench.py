@@ -64,7 +64,7 @@ def test_ablation_has_a_row_for_every_trick_of_a_network(capsys, monkeypatch):
     monkeypatch.setattr(bench, "PHOTO", 64)
     bench.main("ablation --small --size 16 --repeat 1 --arch srresnet --device cpu".split())
     table = capsys.readouterr().out
-    for trick in ("channels last", "--checkpointing", "denormals become zeros"):
+    for trick in ("1 x 1 convolutions as products", "--checkpointing", "denormals become zeros"):
         assert f" {trick} |" in table
     assert "window chunks |" not in table
 
@@ -228,8 +228,9 @@ def test_the_classical_table_has_a_row_for_every_task(tmp_path, capsys, monkeypa
 def test_the_studys_trainings_are_what_their_names_say_and_equally_long(arch, variant, seed):
     args = train.parse(study.flags_of(arch, variant, seed))
     assert (args.arch, args.seed, args.prompt or "") == (arch, seed, variant[2:].lower())
-    assert sum(stage.iterations for stage in args.stages) == 6000
-    assert len(args.stages) == (7 if variant[0] == "S" else 1)
+    schedule = train.schedule_of(args)
+    assert sum(stage.iterations for stage in schedule) == 6000 and args.recipe["lr"] == 1e-3
+    assert len(schedule) == (7 if variant[0] == "S" else 1)
 
 
 def made_up(variant, seed):

@@ -19,7 +19,7 @@ import torch
 import mioir
 import train
 from conftest import TINY
-from degrade import TASKS, leaf_items, ImageCache
+from degrade import TASKS, ImageCache, leaf_items
 from test_models import KINDS, SMALL
 
 # Children start from a server that has imported everything (optimisers import torch._dynamo) but has
@@ -40,6 +40,7 @@ def child(argv, preset, limit, environment, said):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv, sys.stdout = ["train.py", *argv], open(said, "w")
+    sys.stderr = sys.stdout
     train.main()
 
 
@@ -56,9 +57,9 @@ def finish(out, *more, **options):
     return process.exitcode
 
 
-def kill_after_two_checkpoints(out):
+def kill_after_two_stages(out):
     process = start(out)
-    while not (out / "previous.pt").exists():
+    while not (out / "stage2.pt").exists():
         time.sleep(0.02)
     process.kill()
     process.join()
@@ -110,18 +111,30 @@ def survive_ten_kills(whole, folder, seed):
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_torn_newest_checkpoint_is_reported_and_the_one_before_is_used(whole, tmp_path, capsys):
-    out = tmp_path / "out"
-    kill_after_two_checkpoints(out)
-    torn = (out / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(torn[:len(torn) // 2])
+@pytest.mark.parametrize("damage", ("half", "empty", "missing", "nan"))
+def test_a_broken_last_pt_names_the_stage_to_go_on_from_and_its_copy_does(whole, tmp_path, damage):
+    out, said = tmp_path / "out", tmp_path / "said.txt"
+    shutil.copytree(whole, out)
+    (out / "stage7.pt").unlink()
+    last = out / "last.pt"
+    if damage == "nan":
+        state = weights(out)
+        next(iter(state["raw"].values()))[0] = torch.nan
+        torch.save(state, last)
+    elif damage == "missing":
+        last.unlink()
+    else:
+        last.write_bytes(last.read_bytes()[:100_000] if damage == "half" else b"")
+    assert finish(out, "--resume", said=said) == 1
+    line, = said.read_text().splitlines()[-1:]
+    assert f"{last}: " in line and f"copy {out / 'stage6.pt'} to {last}" in line
+    shutil.copy(out / "stage6.pt", last)
     assert finish(out, "--resume") == 0
     assert_same_bits(weights(out), weights(whole))
 
 
-def test_the_last_two_and_each_stages_end_are_kept(whole):
-    names = {path.name for path in whole.glob("*.pt")}
-    assert names == {"last.pt", "previous.pt", *(f"stage{k}.pt" for k in range(1, 8))}
+def test_the_last_state_and_each_stages_end_are_kept(whole):
+    assert {path.name for path in whole.glob("*.pt")} == {"last.pt", *(f"stage{k}.pt" for k in range(1, 8))}
     assert [weights(whole, f"stage{k}.pt")["stage"] for k in (1, 4, 7)] == [1, 4, 7]
 
 
@@ -149,7 +162,7 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
     out = tmp_path / "out"
     assert finish(out, limit=300_000) != 0
     assert not (out / "last.pt").exists() and not list(out.glob("*.tmp"))
-    kill_after_two_checkpoints(out)
+    kill_after_two_stages(out)
     before = (out / "last.pt").read_bytes()
     assert finish(out, "--resume", limit=300_000) != 0
     assert (out / "last.pt").read_bytes() == before
@@ -187,23 +200,8 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_the_run_before_the_weight
         train.main(["--arch", "srresnet", "--order", "r", "--preset", "smoke", "--out", str(tmp_path / "out"), "--save-every", "1"])
     line = str(stopped.value.code)
     assert "iteration 3: the gradient is not finite" in line and "last.pt" in line and "\n" not in line
-    for name in ("last.pt", "previous.pt"):
-        assert all(value.isfinite().all() for value in weights(tmp_path / "out", name)["raw"].values())
-
-
-@pytest.mark.parametrize("spoilt", (("last.pt",), ("last.pt", "previous.pt")))
-def test_weights_that_are_not_finite_are_passed_over_when_a_run_goes_on(whole, tmp_path, spoilt):
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    saved = weights(whole, "stage6.pt")
-    for name in ("last.pt", "previous.pt"):
-        state = weights(out, "stage6.pt")
-        if name in spoilt:
-            next(iter(state["raw"].values()))[0] = torch.nan
-        torch.save(state, out / name)
-    (out / "stage7.pt").unlink()
-    assert saved["stage"] == 6 and finish(out, "--resume") == 0
-    assert_same_bits(weights(out), weights(whole))
+    saved = weights(tmp_path / "out")
+    assert saved["iteration"] == 2 and all(value.isfinite().all() for value in saved["raw"].values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny):
@@ -223,7 +221,7 @@ def test_under_torchrun_the_one_line_stands_in_its_report(tmp_path):
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "[rank1]: Traceback" not in done.stderr
     report = done.stderr.partition("ChildFailedError")[2]
-    assert report.rstrip(" =\n").endswith("traceback : train.py: nowhere: no such folder")
+    assert report.rstrip(" =\n").endswith("ValueError: nowhere: no such folder")
 
 
 def test_a_killed_loader_worker_is_one_line(tmp_path, tiny, monkeypatch):
@@ -233,18 +231,17 @@ def test_a_killed_loader_worker_is_one_line(tmp_path, tiny, monkeypatch):
     assert "stage 1, iteration 1: " in str(stopped.value.code) and "\n" not in str(stopped.value.code)
 
 
-@pytest.mark.parametrize("fault, argv, words", [
-    (RuntimeError("No working C++ compiler found\nmore"), ["--compile"], ["--compile failed", "C++", "leave it out"]),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), [], ["not enough memory", "--accumulate"]),
-    (MemoryError(), [], ["not enough memory", "--accumulate"]),
+@pytest.mark.parametrize("fault, words", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["not enough memory", "--accumulate"]),
+    (MemoryError(), ["not enough memory", "--accumulate"]),
+    (RuntimeError("Connection closed by peer"), ["another process"]),
 ])
-def test_what_the_machine_lacks_is_one_line(tmp_path, tiny, monkeypatch, fault, argv, words):
+def test_what_the_machine_lacks_is_one_line(tmp_path, tiny, monkeypatch, fault, words):
     def lacking(*a):
         raise fault
     monkeypatch.setattr(train, "loss_per_image", lacking)
-    monkeypatch.setattr(torch, "compile", lambda model: model)
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(tmp_path / "out"), *argv])
+        train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(tmp_path / "out")])
     line = str(stopped.value.code)
     assert line.startswith("train.py: ") and "\n" not in line and all(word in line for word in words)
 
@@ -261,7 +258,7 @@ def test_a_cached_image_that_vanishes_is_named(tmp_path, tiny):
     out = tmp_path / "out"
     train.main(["--arch", "srresnet", "--preset", "smoke", "--out", str(out)])
     with pytest.raises(ValueError, match="stage 1, iteration 1.*leaves3-144-0-"):
-        args = train.parse(["--arch", "srresnet", "--preset", "smoke", "--out", str(out), "--resume"])
+        args = train.parse(["--arch", "srresnet", "--preset", "smoke", "--out", str(out)])
         source = train.open_images(args, lambda text: None)
         for path in (out / "cache").glob("*.npy"):
             path.unlink()
@@ -311,7 +308,7 @@ def test_how_a_batch_is_split_does_not_change_the_losses(arch, tmp_path, monkeyp
         run, machine, seen = train.Run(args, torch.device("cpu")), train.Machine(args), []
 
         def add(log, run, losses, *more):
-            seen.append(losses)
+            seen.append(torch.tensor(losses))
             if len(seen) == 3:
                 raise Enough
         monkeypatch.setattr(train.Log, "add", add)
@@ -336,7 +333,7 @@ def test_batches_are_the_same_bit_for_bit_however_they_are_split(tmp_path):
         for machine.rank in range(world):
             machine.world, machine.parts = world, parts
             for share in train.Stream(run, {"photos": cache}, machine)[3]:
-                shares.append(train.make_batch(share, 48, "cpu"))
+                shares.append(train.make_batch(share, 48, "cpu")[:3])
         return [torch.cat(column) for column in zip(*shares)]
     one = batch(1, 1)
     for other in (batch(2, 1), batch(1, 2), batch(2, 2)):
@@ -349,7 +346,7 @@ def test_workers_accumulation_and_precision_flags_run(tmp_path, monkeypatch, tin
     train.main([*common, "--out", str(tmp_path / "plain")])
     train.main([*common, "--out", str(tmp_path / "workers"), "--workers", "2"])
     assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "workers"))
-    train.main([*common, "--out", str(tmp_path / "other"), "--precision", "bf16", "--channels-last", "--checkpointing",
+    train.main([*common, "--out", str(tmp_path / "other"), "--precision", "bf16", "--checkpointing",
                 "--accumulate", "2", "--val-every", "3"])
     log = [json.loads(line) for line in (tmp_path / "other" / "log.jsonl").read_text().splitlines()]
     assert any("psnr" in entry and "iteration" in entry for entry in log)
@@ -372,8 +369,7 @@ def test_checkpointing_gives_the_same_gradients(arch, prompt):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--precision", "fp16"], ["SwinIR", "overflow", "bf16"]),
-    (["--precision", "int8"], ["fp32", "bf16"]),
+    (["--precision", "fp16"], ["fp16", "fp32", "bf16"]),
     (["--accumulate", "3"], ["3", "divide"]),
     (["--accumulate", "0"], ["--accumulate", "1"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
@@ -392,7 +388,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path, argv, words):
 def test_the_printed_plan_is_the_papers(arch, seq, capsys):
     if arch == "classifier" and seq:
         pytest.skip("the classifier sees all tasks at once")
-    train.main(["--arch", arch, *seq, "--print-plan"])
+    train.main(["--arch", arch, *seq, "--preset", "paper", "--print-plan"])
     said = capsys.readouterr().out
     recipe = train.RECIPES[arch]
     for fact in (recipe["optimizer"], f"total batch {recipe['batch']}", f"crop {recipe['crop']}", "lr 0.0002"):
@@ -404,9 +400,8 @@ def test_the_printed_plan_is_the_papers(arch, seq, capsys):
                                         [f"{periods} x {recipe['period']}"])
     if seq:
         assert [row[1].split() for row in rows][-1] == [train.LETTERS[c] for c in recipe["order"]]
-    assert all(row[4] == "2.000e-04" for row in rows)
 
 
 def test_the_period_scales_the_schedule(capsys):
-    train.main(["--arch", "srresnet", "--seq", "--period", "7", "--print-plan"])
+    train.main(["--arch", "srresnet", "--seq", "--period", "7", "--print-plan"])                   # the demo, without data
     assert "4 x 7 |" in (said := capsys.readouterr().out) and "total: 70 iterations" in said

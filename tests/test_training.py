@@ -24,7 +24,7 @@ class Numbers(torch.utils.data.Dataset):
     """Stands where the stream of samples stands: which of all batches comes next."""
 
     def __init__(self, run, source, machine):
-        self.first = sum(stage.iterations for stage in run.stages[:run.stage])
+        self.first = sum(stage.iterations for stage in run.schedule[:run.stage])
 
     def __getitem__(self, t):
         return [self.first + t]
@@ -45,16 +45,16 @@ def trained(request, tmp_path_factory):
     batches = training_batches(CROP[arch], sum(stage.iterations for stage in STAGES))
     start, seen = training_start(variant), {"loss": [], "lr": []}
     out = tmp_path_factory.mktemp("training") / "out"
-    argv = ["--arch", arch, "--device", "cpu", "--out", str(out), *(["--prompt", prompt] if prompt == "ap" else [])]
+    argv = ["--arch", arch, "--preset", "paper", "--device", "cpu", "--out", str(out), *(["--prompt", prompt] if prompt == "ap" else [])]
     out.mkdir()
 
     def prepared(k, *more):
         lq, gt, task = (torch.from_numpy(array) for array in batches[k])
-        return lq.double(), gt.double(), task
+        return lq.double(), gt.double(), task, torch.empty(2, 0)             # no drop path
 
-    def seen_by_the_log(log, run, losses, tasks, norm, lr):
-        seen["loss"].append(losses.mean().item()), seen["lr"].append(lr)
-        seen.setdefault("norm", norm.item())
+    def seen_by_the_log(log, run, losses, norm, lr):
+        seen["loss"].append(np.mean(losses)), seen["lr"].append(lr)
+        seen.setdefault("norm", norm)
 
     def seen_save(run, keep=None):
         if keep:                                                          # a stage has ended
@@ -64,7 +64,7 @@ def trained(request, tmp_path_factory):
 
     zero = dict.fromkeys(mioir.TASKS, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        for name, stand_in in dict(Stream=Numbers, prepare_batch=prepared, finish=lambda *a: None,
+        for name, stand_in in dict(Stream=Numbers, make_batch=prepared, finish=lambda *a: None,
                                    builtin_images=lambda *a: [], validation_pairs=lambda *a: {}, show_table=lambda *a: None,
                                    mean_psnr=lambda *a: zero, input_psnr=lambda *a: zero).items():
             patch.setattr(train, name, stand_in)
@@ -73,7 +73,7 @@ def trained(request, tmp_path_factory):
         args = train.parse(argv)
         machine = train.Machine(args)
         run = train.Run(args, machine.device)
-        run.stages, run.recipe["batch"], run.facts = STAGES, 2, {}
+        run.schedule, run.recipe["batch"] = STAGES, 2
         names = our_names(run.model, start)
         mioir.load_official(run.model, start)
         run.model.double(), run.ema.double()
