@@ -475,8 +475,8 @@ def degrade(x, task, split="in", depth=None, generator=None):
 
 
 # ==================================================================================================
-# Nothing below this line is in the paper: images and depth made of a seed, image and depth files, the
-# cache of decoded images that training reads a crop at a time, writing test sets, the command.
+# Nothing below this line is in the paper: images and depth made of a seed, image and depth files,
+# the cache of decoded images that training reads a crop at a time, test sets, the command.
 # ==================================================================================================
 
 # ---- Depth for a photo without a depth map -------------------------------------------------------
@@ -666,6 +666,7 @@ def _decode(file):
     refuse_deep_grey(file.mode)
     file.load()
     image, notes = _in_colour(upright(file)), []
+    image.info.pop("exif", None)                       # or somebody would turn it once more
     # Asked for last, as it moves on in the file; counting all its frames could take a minute.
     with contextlib.suppress(Exception):
         file.seek(1)
