@@ -29,6 +29,7 @@ bfloat16 (matrix products, convolutions) is in float64 here, which neither of th
 import argparse
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import math
@@ -763,7 +764,9 @@ def progress(text):
 
 
 def require_folder(folder):
-    """Raises ValueError for a missing folder."""
+    """Raises ValueError for a missing folder, or a file in its place."""
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file; give the folder it is in")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
 
@@ -1156,6 +1159,10 @@ class OneLineParser(argparse.ArgumentParser):
         warnings.filterwarnings("ignore", module="PIL")
 
     def error(self, message):
+        if message.startswith("unrecognized"):             # perhaps a typing error
+            for word in message.split():
+                near = difflib.get_close_matches(word, self._option_string_actions, 1)
+                message += f"; is {near[0]} meant?" if near else ""
         sys.exit(f"{self.prog}: {message} (see python {self.prog} --help)")
 
 
