@@ -896,7 +896,7 @@ def usable_cores():
 
 def _run_all(jobs, say, doing):
     """Does all jobs, {key: (function, its arguments)}, in threads. Returns {key: result} and, where
-    a ValueError came, {key: its text}, as they ended. Says how far it is.
+    a ValueError came, {key: its text}, in the order of the jobs. Says how far it is.
 
     Threads suffice, because Pillow's decoders and torch's and numpy's loops let others run; unlike
     processes, they need no copy of the program and end with it. More than 16 would mostly wait for
@@ -919,7 +919,7 @@ def _run_all(jobs, say, doing):
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
-    return done, bad
+    return done, {key: bad[key] for key in jobs if key in bad}
 
 
 # ---- The cache: decoded images, of which a crop is read without the rest -------------------------
