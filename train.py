@@ -43,7 +43,6 @@ import datetime
 import json
 import math
 import os
-import shlex
 import signal
 import sqlite3
 import sys
@@ -60,8 +59,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, OneLineParser, apply, clock, draw, item_name, jpeg, leaf_items,
-                     photo_items, read_image, require_folder, seeded, whole_file)
+from degrade import (ImageCache, OneLineParser, apply, clock, draw, ends_in_one_line, item_name, jpeg,
+                     leaf_items, photo_items, read_image, require_folder, seeded, usable_cores,
+                     whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture, figure,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   plain_mean, read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
@@ -362,11 +362,12 @@ def iterate(run, net, parts, machine, lr, asked):
             gt = None                              # it sees degraded images alone
         for branch, of_branch in zip(drop_paths(run.model), draws.unbind(1)):
             branch.draws = of_branch                                            # (n,)
-        with machine.fast_products():              # TF32, if asked for, going forward and back
-            with machine.autocast():               # bf16, if asked for, going forward
-                loss = loss_per_image(net, lq, gt, task)                        # (n,)
-            # The mean over the batch: parts add up. Times world, as DDP averages processes.
-            (loss.sum() * machine.world / batch).backward()
+        set_precision(run.args.precision)          # TF32, if asked for, going forward and back
+        with machine.autocast():                   # bf16, if asked for, going forward
+            loss = loss_per_image(net, lq, gt, task)                            # (n,)
+        # The mean over the batch: parts add up. Times world, as DDP averages processes.
+        (loss.sum() * machine.world / batch).backward()
+        set_precision("fp32")                      # for the data of the next part, and validation
         losses[rows.start:rows.stop] = loss.detach()
     norm = torch.nn.utils.get_total_norm(          # logged, but not clipped, as published
         [p.grad for p in run.model.parameters() if p.grad is not None])
@@ -406,10 +407,6 @@ def run_stages(run, net, source, machine, log):
             log.add(run, losses, norm, lr)
             if run.iteration % recipe["save_every"] == 0:
                 run.save()
-            due = args.val_every and run.iteration % args.val_every == 0
-            if due and run.iteration < stage.iterations:    # a stage's end is validated below
-                validate(run, pairs, machine, log)
-                net.train()
             if stop:
                 stopped(run, log)
 
@@ -421,7 +418,7 @@ def run_stages(run, net, source, machine, log):
         if run.leads:
             show_table(run, log)
     if run.leads:
-        finish(run, pairs, log, machine)
+        finish(run, pairs, log, machine.device)
 
 
 # ==================================================================================================
@@ -641,12 +638,12 @@ class Stream(torch.utils.data.Dataset):
         self.branches = len(drop_paths(run.model))
 
     def __getitem__(self, t):
-        return [Part([self.whole_sample((*self.position, t, i)) for i in rows])
-                for rows in self.rows]
-
-    def whole_sample(self, key):
-        """With the numbers for drop path, which only the network needs."""
-        return {**self.sample(key), "draws": drop_path_draws(self.branches, key)}
+        parts = []
+        for rows in self.rows:
+            keys = [(*self.position, t, i) for i in rows]
+            parts.append(Part([{**self.sample(key), "draws": drop_path_draws(self.branches, key)}
+                               for key in keys]))
+        return parts
 
 
 def batches(run, source, machine):
@@ -654,7 +651,7 @@ def batches(run, source, machine):
     that names a file gone bad."""
     on_gpu, workers = machine.device.type == "cuda", run.args.workers
     if workers is None:                            # up to 8, where there are cores for them
-        workers = min(8, cores() // machine.beside) if on_gpu else 0
+        workers = min(8, usable_cores() // machine.beside) if on_gpu else 0
     # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
     ahead = range(run.iteration, run.schedule[run.stage].iterations)
     # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
@@ -667,7 +664,7 @@ def batches(run, source, machine):
         except (ValueError, OSError, RuntimeError) as error:
             # A worker's error comes with its traceback, of which the last line says what happened;
             # a worker that was killed (out of memory, often) is a RuntimeError of the loader.
-            raise run.failed(str(error).splitlines()[-1]) from None
+            raise run.failed(f"{run.place}: {str(error).splitlines()[-1]}") from None
         yield t, list(zip(machine.rows_of(run.recipe["batch"]), parts))
 
 
@@ -682,13 +679,6 @@ def leave_signals(worker):
     it is the parent's to stop. A worker ends with its parent: torch's loader sees to that."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def cores():
-    """Of the processor, that this process may use: a job is often given some of many."""
-    if hasattr(os, "sched_getaffinity"):           # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # ---- Pairs of one's own --------------------------------------------------------------------------
@@ -728,94 +718,80 @@ def open_images(args, say):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def flags_of_the_paper(add):
-    """What the paper varies."""
+def parse(argv=None):
+    """The command line: a namespace of the flags, with the recipe that follows from them. None
+    mostly stands for what the recipe says. Exits with one line where flags are unknown, contradict
+    each other, or are out of range."""
+    parser = OneLineParser("train.py", description=__doc__.partition("\nGlossary")[0])
+    add = parser.add_argument_group("what the paper varies").add_argument
     add("--arch", default="restormer", choices=RECIPES, help="a backbone, or classifier")
     add("--seq", action="store_true", help="one task more per stage (default: mixed, all at once)")
     add("--prompt", nargs="?", const="ep", choices=("ep", "ap"),
         help="tell the task: ep (explicit; also --prompt alone) or ap (adaptive)")
     add("--order", help="tasks to train, letters of s b n j r h d (default: the paper's order)")
-
-
-def flags_of_length_and_images(add):
-    """How long, on what, from where to where. None mostly means: as the recipe says."""
+    add = parser.add_argument_group("how long, on what").add_argument
     add("--preset", choices=PRESETS, help="default: paper with --data or --pairs, demo without")
     add("--data", nargs="+", metavar="DIR", help="folders of photos (default: dead leaves)")
     add("--depth", metavar="DIR", help="depth maps of the photos, matched by name, for haze")
-    add("--leaves", type=int, help="dead leaves, also beside --data (default without: by preset)")
+    add("--leaves", type=int, metavar="N", help="train on N dead leaves, or add N to --data "
+        "(default: the preset's number without --data, none with it)")
     add("--pairs", nargs=3, metavar=("LQ", "GT", "TASK"),
         help="train TASK on these folders' degraded and true photos, matched by name")
     add("--init", metavar="CKPT", help="fine-tune these weights, of train.py or published")
-    add("--init-weights", default="raw", choices=("raw", "ema"), help="which of them")
+    add("--init-weights", default="raw", choices=("raw", "ema"), help="of CKPT (default: raw)")
     add("--prompts", metavar="NPY", help="type7.npy, where --init is a published 'ep' model")
     add("--period", type=int, help="iterations of a cosine period (default: by preset)")
     add("--lr", type=float, help="learning rate at a period's start (default: by preset)")
     add("--batch", type=int, help="crops of an iteration, over all processes (default: by preset)")
     add("--crop", type=int, help="edge of a crop in pixels (default: by preset)")
-    add("--seed", type=int, default=0, help="of weights, images, crops and degradations")
+    add("--seed", type=int, default=0, help="decides first weights, images, crops, degradations")
     add("--out", metavar="DIR", help="where results go (default: runs/ and the run's name)")
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--print-plan", action="store_true", help="print the schedule and stop")
-
-
-def flags_of_computing(add):
-    """How it is computed: faster, or in less memory. What is computed stays the same but for
-    rounding. (bf16 keeps 8 bits of a number in convolutions and matrix products; data, weights and
-    Adam stay float32. fp16 is not offered, as SwinIR's activations overflow it.)"""
+    # What is computed stays the same but for rounding. (bf16 keeps 8 bits of a number in
+    # convolutions and matrix products; data, weights and Adam stay float32. fp16 is not offered,
+    # as SwinIR's activations overflow it.)
+    add = parser.add_argument_group("how it is computed").add_argument
     add("--precision", default="fp32", choices=("fp32", "tf32conv", "tf32", "bf16"),
         help="of the network; tf32conv: TF32 for convolutions alone, as the paper's torch 1.12")
     add("--compile", action="store_true", help="torch.compile the network; needs a C++ compiler")
     add("--checkpointing", action="store_true", help="less memory: activations are computed twice")
     add("--accumulate", type=int, default=1, metavar="N", help="less memory: a batch in N parts")
-    add("--workers", type=int, help="that prepare samples (default: with a GPU 8, else 0)")
+    add("--workers", type=int, metavar="N", help="processes that prepare samples (default: with a "
+        "GPU one a core, 8 at most; else 0)")
     add("--cache", metavar="DIR", help="where decoded images go (default: OUT/cache)")
     add("--save-every", type=int, help="iterations between checkpoints (default: by preset)")
-    add("--val-every", type=int, default=0, help="also validate every so many iterations")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-
-
-def parse(argv=None):
-    """The command line: a namespace of the flags, with the recipe that follows from them, and the
-    command as one would type it. Exits with one line where flags are unknown or contradict."""
-    parser = OneLineParser("train.py", description=__doc__)
-    for title, flags in (("what the paper varies", flags_of_the_paper),
-                         ("how long, on what", flags_of_length_and_images),
-                         ("how it is computed", flags_of_computing)):
-        flags(parser.add_argument_group(title).add_argument)
     args = parser.parse_args(argv)
     # Without photographs there is no paper's recipe to repeat.
     args.preset = args.preset or ("paper" if args.data or args.pairs else "demo")
     args.recipe = recipe_of(args)
-    for problem in contradictions(args):
-        parser.error(problem)
     args.out = args.out or f"runs/{name_of(args)}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # A notebook calls main([...]), and its own sys.argv says nothing.
-    typed = sys.argv[1:] if argv is None else list(argv)
-    args.command = [sys.argv[0] if typed == sys.argv[1:] else "train.py", *typed]
+    refuse_contradictions(args, parser.error)
     return args
 
 
-def contradictions(args):
-    """Yields what argparse can't know: flags that contradict each other, and numbers out of range.
-    Each a line that names the flag and the mend."""
+def refuse_contradictions(args, refuse):
+    """Calls refuse(text) for what argparse can't know: flags that contradict each other, and
+    numbers out of range. A text names the flag and the mend."""
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
-        yield "--arch classifier sees all tasks; leave --seq, --order and --prompt out"
+        refuse("--arch classifier sees all tasks; leave --seq, --order and --prompt out")
     for name, goes_with in (("depth", "data"), ("prompts", "init")):    # else never looked at
         if getattr(args, name) and not getattr(args, goes_with):
-            yield f"--{name} {getattr(args, name)}: it goes with --{goes_with}"
+            refuse(f"--{name} {getattr(args, name)}: it goes with --{goes_with}")
     trained = [LETTERS.get(letter) for letter in args.order or LETTERS]
     if args.pairs and args.pairs[2] not in trained:
-        yield (f"--pairs LQ GT {args.pairs[2]}: TASK must be one that is trained, "
+        refuse(f"--pairs LQ GT {args.pairs[2]}: TASK must be one that is trained, "
                f"{', '.join(filter(None, trained))}")
     multiple = CROP_MULTIPLE.get(args.arch, 1)
     if args.recipe["crop"] % multiple:
-        yield f"--crop {args.recipe['crop']}: {args.arch} needs a multiple of {multiple}"
-    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
-                            batch=1, crop=16, lr=1e-9).items():
+        refuse(f"--crop {args.recipe['crop']}: {args.arch} needs a multiple of {multiple}")
+    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, batch=1,
+                            crop=16, lr=1e-9).items():
         value = getattr(args, name)
         if value is not None and not value >= least:                    # nor is NaN
-            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
+            refuse(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def plan(args):
@@ -868,19 +844,23 @@ class Run:
     def __init__(self, args, device, leads=True, data=""):
         self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
         self.schedule, self.table, self.stage, self.iteration = schedule_of(args), [], 0, 0
-        self.facts, self.sizes = facts_of(args, self.schedule, data), self.recipe["sizes"]
+        self.facts = {**facts_of(args), "data": data}
         saved = newest_state(self.out, self.facts) if args.resume else {}
         if args.init and not saved:
             model, self.sizes = read_init(args)            # the model is what the file holds
-        else:
-            self.sizes = saved.get("sizes", self.sizes)    # of the weights that --init once gave
+        else:                                              # last.pt's sizes may be those of --init
+            self.sizes = saved.get("sizes", self.recipe["sizes"])
             model = new_model(args, self.sizes)
         self.model = model.to(device)
         # A copy: the average begins at the first weights, of --init, too.
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.new_optimizer()
         if saved:
-            self.take_over(saved)
+            self.model.load_state_dict(saved["raw"])
+            self.ema.load_state_dict(saved["ema"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.stage, self.iteration = saved["stage"], saved["iteration"]
+            self.table = [tuple(row) for row in saved["table"]]
 
     def new_optimizer(self):
         """Fresh for each stage: what Adam has learned about earlier gradients is forgotten. Adam
@@ -890,13 +870,10 @@ class Run:
             parameters, recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"],
             fused=not parameters[0].is_meta)                     # one kernel for all parameters
 
-    def take_over(self, saved):
-        """Weights, moments and position of a checkpoint of this very run."""
-        self.model.load_state_dict(saved["raw"])
-        self.ema.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.stage, self.iteration = saved["stage"], saved["iteration"]
-        self.table = [tuple(row) for row in saved["table"]]
+    @property
+    def place(self):
+        """What comes next, in words: from an iteration's beginning until its step, that one."""
+        return f"stage {self.stage + 1}, iteration {self.iteration + 1}"
 
     def tasks_at(self, t):
         """[task of each sample of the batch] in iteration t of the present stage."""
@@ -926,36 +903,30 @@ class Run:
                 raise self.failed(f"{self.out / name}: not saved ({reason})") from None
 
     def failed(self, what):
-        """A ValueError that says where the run stands, what is wrong, and what is safe."""
-        last, safe = self.out / "last.pt", "no checkpoint was written yet"
-        if last.exists():
-            safe = f"{last} is unharmed; when the cause is mended, add --resume"
-        place = f"stage {self.stage + 1}, iteration {self.iteration + 1}"
-        return ValueError(f"{place}: {what}; {safe}")
+        """A ValueError that says what is wrong, and what is safe."""
+        return ValueError(f"{what}; {self.out / 'last.pt'}, if there is one, is unharmed: when the "
+                          "cause is mended, add --resume")
 
 
-def facts_of(args, schedule, data):
-    """What must stay the same when a run goes on. Flags that only change how it is computed
-    (--workers, --accumulate, --precision ...) may differ."""
+def facts_of(args):
+    """What must stay the same when a run goes on, besides its images. Flags that only change how it
+    is computed (--workers, --accumulate, --precision ...) may differ."""
     # The recipe's numbers that shape the trajectory; period and order are in the stages.
     kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
-    return dict(arch=args.arch, prompt=args.prompt, seed=args.seed, data=data,
+    schedule = schedule_of(args)
+    return dict(arch=args.arch, prompt=args.prompt, seed=args.seed,
                 pairs=args.pairs[2] if args.pairs else None,
                 order=[list(stage.tasks) for stage in schedule],
                 periods=[list(stage.periods) for stage in schedule],
                 **{key: args.recipe[key] for key in kept})
 
 
-def stage_files(out):
-    """The files that stages have left, the newest one last."""
-    return sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime)
-
-
 def newest_state(out, facts):
     """What last.pt holds. Where it can't be read, ValueError names the newest stage's file, from
     which the run can go on: it holds as much. And where it is of another run, each difference, so
     that the right flag can be found: half a run by one recipe and half by another is neither."""
-    last, ends = out / "last.pt", stage_files(out)
+    last = out / "last.pt"
+    ends = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime)
     try:
         saved = read_checkpoint(last)
         if "optimizer" not in saved:
@@ -1004,19 +975,19 @@ def one_run_in(args):
     SQLite, which locks its files on all systems alike, is used for nothing but that.
     """
     out = Path(args.out)
-    begun = (out / "last.pt").exists() or stage_files(out)
+    begun = [*out.glob("last.pt"), *out.glob("stage*.pt")]
     if begun and not args.resume:
         raise ValueError(f"--out {out} holds a run; add --resume to go on, or choose another --out")
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     out.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
     try:
+        lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:                     # others: a disk that knows no locks
-        if "locked" in str(error):
-            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
-                             "choose another --out") from None
+    except sqlite3.OperationalError as error:
+        if "I/O" not in str(error):                    # that is said where a disk knows no locks
+            raise ValueError(f"--out {out}: {error}; if another run is writing there, wait for its "
+                             "end, or choose another --out") from None
     try:
         for torn in out.glob(".*.tmp"):                # whole_file's, where a save was killed
             torn.unlink()
@@ -1069,16 +1040,6 @@ class Machine:
                                     device_id=self.device if args.device == "cuda" else None)
         set_precision("fp32")
         torch.backends.cudnn.deterministic = True               # of two algorithms, the same one
-
-    @contextlib.contextmanager
-    def fast_products(self):
-        """TF32, where --precision asks for it. Outside, for the data and for validation, it is off.
-        """
-        set_precision(self.args.precision)
-        try:
-            yield
-        finally:
-            set_precision("fp32")
 
     def rows_of(self, batch):
         """Which samples of a batch are this process's: a list of parts, each a range. Batch 8, two
@@ -1153,7 +1114,8 @@ def rows_before_training(run, pairs, machine, log):
 
 def validate(run, pairs, machine, log):
     """{task: PSNR in dB, or the classifier's accuracy in %} of the raw weights on images that no
-    run trains on, each on the screen as it comes; one process computes, the others wait.
+    run trains on, each on the screen as it comes. The leading process computes; the others wait,
+    and get {}.
 
     An "ep" model is told the true task. Tasks that were not trained yet are scored, too: that
     shows what the ones before them have done to them, for good or ill.
@@ -1161,9 +1123,11 @@ def validate(run, pairs, machine, log):
     started, scores = time.monotonic(), {}
     if run.leads:
         log.say("validation:", end="")
-        score = accuracy if run.args.arch == "classifier" else mean_psnr
         for task, examples in pairs.items():
-            scores.update(score(run.model, {task: examples}, machine.device))
+            if run.args.arch == "classifier":
+                scores.update(confusion(run.model, {task: examples})[0])
+            else:
+                scores.update(mean_psnr(run.model, {task: examples}, machine.device))
             log.say(f" {task} {figure(scores[task])}", end="")
         log.say("")
         log.write(stage=run.stage + 1, iteration=run.iteration, psnr=scores)
@@ -1172,19 +1136,12 @@ def validate(run, pairs, machine, log):
     return scores
 
 
-def accuracy(classifier, pairs, device):
-    """{task: %}, as mean_psnr's of a backbone."""
-    return confusion(classifier, pairs)[0]
-
-
 def refuse_what_is_not_finite(run, losses, norm):
-    """Raises ValueError that names the task whose loss is not a number, or the gradient: a finite
-    loss can have an infinite one, and a single step with it would poison every weight."""
-    tasks = run.tasks_at(run.iteration)
-    numbers = [(f"the loss of {task}", loss) for task, loss in zip(tasks, losses)]
-    for what, number in [*numbers, ("the gradient", norm)]:
+    """Raises ValueError that names the task whose loss is not a finite number, or the gradient:
+    that of a finite loss can be infinite, and a single step with it would poison every weight."""
+    for what, number in zip([*run.tasks_at(run.iteration), "gradient"], [*losses, norm]):
         if not math.isfinite(number):
-            raise run.failed(f"{what} is not finite; the weights were left as they were before")
+            raise run.failed(f"{run.place}: {what} is not finite; this step was not made")
 
 
 class Log:
@@ -1283,7 +1240,7 @@ def show_table(run, log):
         [mean] = plain_mean([[scores[task]] for task in tasks if task in learned])
         rows.append((name, [*scores.values(), mean]))
     text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
-    (run.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw_or_say_why(log, Path.write_text, run.out / "table.md", text + "\n", "utf-8")
     log.say(text)
     # The rows of stages come last; each has trained these columns.
     first = len(rows) - run.stage
@@ -1320,58 +1277,47 @@ def announce(run, source, machine, say):
     if run.args.init and others:
         say(f"fine-tuning: {others} are not rehearsed and get worse; --order keeps them")
     if run.stage == len(run.schedule):
-        say(f"{run.out / 'last.pt'}: this run is finished; only its table and pictures are made "
-            "anew")
+        say(f"{run.out / 'last.pt'}: this run is finished; its pictures are made anew")
     elif run.args.resume:
-        say(f"goes on from {run.out / 'last.pt'}: stage {run.stage + 1}, iteration {run.iteration}")
+        say(f"goes on from {run.out / 'last.pt'}: {run.place}")
 
 
 def stopped(run, log):
-    """After a signal: everything is saved, and the command that goes on is shown. Exits with 128 +
-    the signal's number, as shells expect."""
+    """After a signal: saves, and exits with 128 + the signal's number, as shells expect."""
     run.save()
-    start = "python"
-    if "TORCHELASTIC_RUN_ID" in os.environ:        # torchrun started this process
-        start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-    # The command as it was typed, quoted for a shell, with one --resume.
-    again = shlex.join([word for word in run.args.command if word != "--resume"] + ["--resume"])
-    log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
-            f"To go on:\n  {start} {again}")
+    log.say(f"stopped by a signal before {run.place}; saved. To go on: the same command with "
+            "--resume")
     sys.exit(128 + (log.stop or signal.SIGTERM))   # None: it was another process that was asked
 
 
-def finish(run, pairs, log, machine):
-    """The last words: a classifier's confusion matrix or the strips, and what the run took: time,
-    the GPU's memory at its peak, and images a second of training (validations not counted)."""
+def finish(run, pairs, log, device):
+    """The last words: a classifier's confusion matrix, or the strips; how long the run took, and
+    how many images a second it trained on (validations not counted)."""
     if run.args.arch == "classifier":
         log.say(f"\n{confusion_text(*confusion(run.model, pairs))}")
     else:
         learned = {task: pairs[task] for task in run.schedule[-1].tasks}
-        draw_or_say_why(log, task_strips, run.out / "strips.png", run.model, learned,
-                        machine.device)
-    script = "eval.py" if len(TASKS) == 7 else run.args.command[0]     # a task more: who added it
-    command = f"python {script} {shlex.quote(f'{run.out}/last.pt')}"
+        draw_or_say_why(log, task_strips, run.out / "strips.png", run.model, learned, device)
     if run.args.data or run.args.pairs:
         log.say("(The table is of the built-in images, held out; not of yours.)")
-    if run.args.pairs:                             # what it has seen says nothing of what it can do
-        command += " --pairs LQ GT, of pairs that it was not trained on"
-    took = clock(time.monotonic() - log.start)
-    if machine.device.type == "cuda":
-        took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"
-    log.say(f"done in {took}, {log.images_per_second(run):.1f} images/s; {run.out} holds last.pt, "
-            f"log and pictures\nnext: {command}")
+    log.say(f"done in {clock(time.monotonic() - log.start)}, {log.images_per_second(run):.1f} "
+            f"images/s; {run.out} holds last.pt, log and pictures\nnext: python eval.py {run.out}")
 
 
 def train(args):
     """A whole run, from the flags to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
         return print(plan(args))
-    # The plan comes first, but for what is refused at once; images may take a while.
     for folder in (*(args.data or ()), *(args.pairs or ())[:2], *filter(None, [args.depth])):
         require_folder(folder)
     machine = Machine(args)
     leads = machine.rank == 0
     with one_run_in(args) if leads else contextlib.nullcontext():
+        # Images may take hours to decode; files that are wrong are refused before.
+        if args.resume:
+            newest_state(Path(args.out), facts_of(args))
+        elif args.init:
+            read_init(args)
         if leads:
             print(plan(args), flush=True)
         source = open_images(args, print) if leads else None        # one decodes
@@ -1390,27 +1336,28 @@ def train(args):
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def errors_explained():
+    """Around a run: lack of memory, and the end of another process, which torch reports as
+    RuntimeError, become a ValueError of one line. Other errors pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            raise ValueError(f"not enough memory ({error}); try --accumulate 2, 4 ..., "
+                             "--checkpointing, --batch or --crop") from None
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
+            raise ValueError("another process has ended, and said why") from None
+        raise
+
+
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit; under torchrun,
     `record` also puts it into torchrun's report of which process failed first."""
     args = parse(argv)
     tune_cpu()
-    under_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ
-    try:
-        (record(train) if under_torchrun else train)(args)
-    except KeyboardInterrupt:                      # later ones are Log's
-        print("train.py: stopped before the first iteration", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if lacks_memory(error):                    # torch says RuntimeError of memory, too
-            sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
-                     "--checkpointing, --batch or --crop")
-        if isinstance(error, dist.DistError) or "by peer" in str(error):
-            sys.exit("train.py: another process has ended, and said why")
-        raise                                      # a fault of ours, of which the traceback helps
+    with ends_in_one_line("train.py"), errors_explained():
+        record(train)(args)
 
 
 if __name__ == "__main__":
