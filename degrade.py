@@ -29,6 +29,7 @@ bfloat16 (matrix products, convolutions) is in float64 here, which neither of th
 import argparse
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import math
@@ -45,10 +46,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 
-from mioir import TASKS, reflect_pad, refuse_deep_grey
+from mioir import TASKS, reflect_pad, refuse_deep_grey, upright
 
 # ---- What is drawn (paper, Section 4.1) ----------------------------------------------------------
 
@@ -474,8 +475,8 @@ def degrade(x, task, split="in", depth=None, generator=None):
 
 
 # ==================================================================================================
-# Nothing below this line is in the paper: images and depth made of a seed, image and depth files, the
-# cache of decoded images that training reads a crop at a time, writing test sets, the command.
+# Nothing below this line is in the paper: images and depth made of a seed, image and depth files,
+# the cache of decoded images that training reads a crop at a time, test sets, the command.
 # ==================================================================================================
 
 # ---- Depth for a photo without a depth map -------------------------------------------------------
@@ -645,21 +646,6 @@ SUFFIXES = ".png .jpg .jpeg .jfif .webp .avif .gif .bmp .tif .tiff .ppm .pgm .tg
 # Pillow's names of these formats. It knows dozens more; none of their decoders is let at a file.
 DECODERS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 
-# What EXIF's orientation tag, 1 to 8, asks for. 1: the picture is upright as it is.
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}
-
-
-def _upright(image):
-    """The picture as it was seen, a copy. Of the EXIF data nothing else is read: odd values, which
-    cameras and editors do write, must not make a whole photograph unreadable."""
-    turn = None
-    with contextlib.suppress(Exception):
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image.copy() if turn is None else image.transpose(turn)
-
 
 def _in_colour(image):
     """A picture of 8 bits -> mode 1, L or LA for grey, else RGB, RGBA, CMYK or YCbCr; what is
@@ -679,7 +665,8 @@ def _decode(file):
     ValueError for grey of more bits, since the numbers alone don't tell what white is."""
     refuse_deep_grey(file.mode)
     file.load()
-    image, notes = _in_colour(_upright(file)), []
+    image, notes = _in_colour(upright(file)), []
+    image.info.pop("exif", None)                       # or somebody would turn it once more
     # Asked for last, as it moves on in the file; counting all its frames could take a minute.
     with contextlib.suppress(Exception):
         file.seek(1)
@@ -777,7 +764,9 @@ def progress(text):
 
 
 def require_folder(folder):
-    """Raises ValueError for a missing folder."""
+    """Raises ValueError for a missing folder, or a file in its place."""
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file; give the folder it is in")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
 
@@ -1167,6 +1156,10 @@ class OneLineParser(argparse.ArgumentParser):
         warnings.filterwarnings("ignore", module="PIL")
 
     def error(self, message):
+        if message.startswith("unrecognized"):             # perhaps a typing error
+            for word in message.split():
+                near = difflib.get_close_matches(word, self._option_string_actions, 1)
+                message += f"; is {near[0]} meant?" if near else ""
         sys.exit(f"{self.prog}: {message} (see python {self.prog} --help)")
 
 

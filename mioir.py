@@ -9,6 +9,7 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("assets/restormer.pt")        # a checkpoint rebuilds its own model
     restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
+    restore(model, "assets/coffee_noisy.png", "auto")      # a classifier names the task, or none
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
@@ -43,7 +44,6 @@ from torch import nn
 from torch.nn import functional as F
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
-ANSWERS = (*TASKS, "none")      # of our own classifier, which may also say: nothing is wrong here
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
@@ -938,7 +938,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None, classifie
     modes = {module: module.training for module in model.modules()}
     model.eval()                                   # drop path is for training
     try:
-        if isinstance(task, str) and task == "auto":
+        if isinstance(task, str) and task.lower() == "auto":
             if getattr(model, "prompt", "ep") == "ep":
                 return as_given(restore_as_named(model, x, classifier, tile, overlap, report))
             task = None                            # a plain or "ap" model reads no task
@@ -996,13 +996,7 @@ def to_batch(x, like):
     picture = isinstance(x, Image.Image)
     if picture:
         refuse_deep_grey(x.mode)
-        turn = 1                   # Cameras store pictures as the sensor lay, and how to turn them:
-        with contextlib.suppress(Exception):                   # broken EXIF says nothing
-            turn = x.getexif().get(0x0112, 1)                  # 1 to 8
-        x = np.asarray(x.convert("L" if x.mode == "L" else "RGB"))
-        x = x.swapaxes(0, 1) if turn in (5, 6, 7, 8) else x
-        x = x[::-1] if turn in (3, 4, 7, 8) else x
-        x = x[:, ::-1] if turn in (2, 3, 6, 7) else x
+        x = np.asarray(upright(x).convert("L" if x.mode == "L" else "RGB"))
     shape, kind = getattr(x, "shape", ()), str(getattr(x, "dtype", type(x).__name__))
     grey = len(shape) == 2
     if not (grey or shape[2:] == (3,)) or kind not in ("uint8", "float16", "float32", "float64"):
@@ -1021,6 +1015,17 @@ def to_batch(x, like):
         y = y.numpy().astype(kind)
         return Image.fromarray(y) if picture else y
     return torch.from_numpy(x.astype(np.float32) / full).permute(2, 0, 1)[None].to(like), back
+
+
+def upright(image):
+    """A copy of a PIL image, as it was seen: cameras store pictures as the sensor lay, and in EXIF
+    how to turn them. Nothing else of EXIF is read: odd values, which cameras and editors do write,
+    must not make a whole photograph unreadable."""
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}     # EXIF's numbers: PIL.Image.Transpose's
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = turns.get(image.getexif().get(0x0112))      # the tag "orientation"; 1 is upright
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def refuse_deep_grey(mode):
@@ -1054,6 +1059,9 @@ def task_tensor(model, task, images):
 
 
 # ---- "auto": the task that a classifier names ----------------------------------------------------
+
+ANSWERS = (*TASKS, "none")
+
 
 class TaskOrNone(TaskClassifier):
     """Our own classifier: (N,3,H,W) -> logits (N,8) in the order of ANSWERS. It may also say that
@@ -1164,13 +1172,10 @@ def check_tile(model, tile, overlap=None):
     which would be its own, and for an overlap that is all spoilt by its tiles' borders."""
     multiple, context = getattr(model, "multiple", 1), getattr(model, "context", 16)
     overlap = getattr(model, "overlap", 64) if overlap is None else overlap
-    if overlap <= 2 * context:
-        raise ValueError(f"overlap {overlap} is too small for this model: at least "
-                         f"{2 * context + 1}")
     least = overlap // multiple * multiple + 1
-    if tile < least:
-        raise ValueError(f"tile {tile} is too small for this model, whose tiles share {overlap} "
-                         f"pixels: at least {least}; 0: whole")
+    if overlap <= 2 * context or tile < least:
+        raise ValueError(f"tile {tile}, overlap {overlap}: too small for this model; a tile needs "
+                         f"at least {least} (0: whole), an overlap {2 * context + 1}")
     return math.ceil(tile / multiple) * multiple, overlap
 
 
@@ -1476,42 +1481,38 @@ def load_official(model, state_dict, prompts=None):
 # are the next two: our lists count from 0, most of theirs from 1. {k} is "scale" or "shift".
 _NAMES = {
     "srresnet without prompt": {"blocks": "body"},
-    "srresnet": {                                  # each block is a list of its own
-        "blocks.{n}": "body{n1}.0", "path.extract.0": "F_ext_net",
-        "path.{k}.block{n1}": "prompt_{k}{n1}", "path.{k}.hr": "prompt_{k}hr",
-        "path.{k}.last": "prompt_{k}out"},
-    "swinir": {
-        "path.extract.0": "F_ext_net", "path.{k}.group{n1}": "layers.{n}.prompt_{k}",
-        "path.{k}.after_body": "prompt_{k}_after_body",
-        "path.{k}.before_upsample": "prompt_{k}_before_upsample",
-        "path.{k}.last": "prompt_{k}_last",
-        "norm_first": "patch_embed.norm", "groups": "layers", "stage": "residual_group",
-        "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "project": "proj",
-        "bias_table": "relative_position_bias_table",
-        "norm_last": "norm", "conv_before_upsample": "conv_before_upsample.0"},
-    "restormer": {
-        "path.extract.{n}": "F_ext_net{n1}",
-        "path.{k}.latent": "prompt_{k}1", "path.{k}.decoder3": "prompt_{k}2",
-        "path.{k}.decoder2": "prompt_{k}3", "path.{k}.decoder1": "prompt_{k}4",
-        "path.{k}.refinement": "prompt_{k}5", "path.{k}.output": "prompt_{k}out",
-        "embed": "patch_embed.proj", "encoder.{n}": "encoder_level{n1}",
-        "down.{n}": "down{n1}_{n2}.body", "up.{n}": "up{n2}_{n1}.body",
-        "reduce.{n}": "reduce_chan_level{n1}", "decoder.{n}": "decoder_level{n1}",
-        "norm1": "norm1.body", "norm2": "norm2.body",
-        "attn.dwconv": "attn.qkv_dwconv", "attn.project": "attn.project_out"},
-    "promptir": {                                  # and all of Restormer's
-        "interact.{n}.generate": "prompt{n1}", "interact.{n}.block": "noise_level{n1}",
-        "interact.{n}.reduce": "reduce_noise_level{n1}",
-        "components": "prompt_param", "linear": "linear_layer", "conv": "conv3x3"},
-    "uformer": {                                   # "dowsample": so it is published
-        "path.extract.{n}": "F_ext_net{n1}", "path.{k}.bottleneck": "prompt_{k}0",
-        "path.{k}.decoder{n}": "prompt_{k}{n1}", "path.{k}.output": "prompt_{k}5",
-        "input": "input_proj.proj.0", "encoder.{n}": "encoderlayer_{n}",
-        "down.{n}": "dowsample_{n}.conv.0", "bottleneck": "conv",
-        "up.{n}": "upsample_{n}.deconv.0", "decoder.{n}": "decoderlayer_{n}",
-        "output": "output_proj.proj.0", "modulator": "modulator.weight",
-        "linear1": "linear1.0", "linear2": "linear2.0", "dwconv": "dwconv.0", "project": "proj",
-        "bias_table": "relative_position_bias_table"},
+    "srresnet": {"blocks.{n}": "body{n1}.0", "path.extract.0": "F_ext_net",     # a list for each
+                 "path.{k}.block{n1}": "prompt_{k}{n1}", "path.{k}.hr": "prompt_{k}hr",
+                 "path.{k}.last": "prompt_{k}out"},
+    "swinir": {"path.extract.0": "F_ext_net", "path.{k}.group{n1}": "layers.{n}.prompt_{k}",
+               "path.{k}.after_body": "prompt_{k}_after_body", "path.{k}.last": "prompt_{k}_last",
+               "path.{k}.before_upsample": "prompt_{k}_before_upsample", "groups": "layers",
+               "norm_first": "patch_embed.norm", "norm_last": "norm", "stage": "residual_group",
+               "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "project": "proj",
+               "bias_table": "relative_position_bias_table",
+               "conv_before_upsample": "conv_before_upsample.0"},
+    "restormer": {"path.extract.{n}": "F_ext_net{n1}", "path.{k}.latent": "prompt_{k}1",
+                  "path.{k}.decoder3": "prompt_{k}2", "path.{k}.decoder2": "prompt_{k}3",
+                  "path.{k}.decoder1": "prompt_{k}4", "path.{k}.refinement": "prompt_{k}5",
+                  "path.{k}.output": "prompt_{k}out", "embed": "patch_embed.proj",
+                  "encoder.{n}": "encoder_level{n1}", "decoder.{n}": "decoder_level{n1}",
+                  "down.{n}": "down{n1}_{n2}.body", "up.{n}": "up{n2}_{n1}.body",
+                  "reduce.{n}": "reduce_chan_level{n1}", "norm1": "norm1.body",
+                  "norm2": "norm2.body", "attn.dwconv": "attn.qkv_dwconv",
+                  "attn.project": "attn.project_out"},
+    # All of Restormer's, and:
+    "promptir": {"interact.{n}.generate": "prompt{n1}", "interact.{n}.block": "noise_level{n1}",
+                 "interact.{n}.reduce": "reduce_noise_level{n1}", "components": "prompt_param",
+                 "linear": "linear_layer", "conv": "conv3x3"},
+    # "dowsample": so it is published.
+    "uformer": {"path.extract.{n}": "F_ext_net{n1}", "path.{k}.bottleneck": "prompt_{k}0",
+                "path.{k}.decoder{n}": "prompt_{k}{n1}", "path.{k}.output": "prompt_{k}5",
+                "input": "input_proj.proj.0", "encoder.{n}": "encoderlayer_{n}",
+                "down.{n}": "dowsample_{n}.conv.0", "bottleneck": "conv",
+                "up.{n}": "upsample_{n}.deconv.0", "decoder.{n}": "decoderlayer_{n}",
+                "output": "output_proj.proj.0", "modulator": "modulator.weight",
+                "linear1": "linear1.0", "linear2": "linear2.0", "dwconv": "dwconv.0",
+                "project": "proj", "bias_table": "relative_position_bias_table"},
     "classifier": {"features": "CondNet", "head": "lastOut"},
 }
 

@@ -63,9 +63,9 @@ from torch.utils.checkpoint import checkpoint
 from degrade import (ImageCache, OneLineParser, apply, clock, draw, ends_in_one_line, item_name,
                      jpeg, leaf_items, photo_items, read_image, require_folder, seeded,
                      usable_cores, whole_file)
-from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture,
+from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture, figure,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
-                  read_prompts, task_strips, tune_cpu, validation_pairs)
+                  plain_mean, read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
                    WindowBlock, build_classifier, build_model, load_model, read_checkpoint)
 
@@ -1068,19 +1068,18 @@ class Machine:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1),
                                     device_id=self.device if args.device == "cuda" else None)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        set_precision("fp32")
         torch.backends.cudnn.deterministic = True               # of two algorithms, the same one
 
     @contextlib.contextmanager
     def fast_products(self):
-        """TF32, where --precision asks for it: it keeps 10 bits of a product's mantissa, and is
-        faster on GPUs from 2020 on. Outside, for the data and for validation, it is off."""
-        torch.backends.cudnn.allow_tf32 = self.args.precision in ("tf32", "tf32conv")
-        torch.backends.cuda.matmul.allow_tf32 = self.args.precision == "tf32"
+        """TF32, where --precision asks for it. Outside, for the data and for validation, it is off.
+        """
+        set_precision(self.args.precision)
         try:
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            set_precision("fp32")
 
     def rows_of(self, batch):
         """Which samples of a batch are this process's: a list of parts, each a range. Batch 8, two
@@ -1166,7 +1165,7 @@ def validate(run, pairs, machine, log):
         score = accuracy if run.args.arch == "classifier" else mean_psnr
         for task, examples in pairs.items():
             scores.update(score(run.model, {task: examples}, machine.device))
-            log.say(f" {task} {scores[task]:.2f}", end="")
+            log.say(f" {task} {figure(scores[task])}", end="")
         log.say("")
         log.write(stage=run.stage + 1, iteration=run.iteration, psnr=scores)
     machine.wait_for_all()
@@ -1176,7 +1175,7 @@ def validate(run, pairs, machine, log):
 
 def accuracy(classifier, pairs, device):
     """{task: %}, as mean_psnr's of a backbone."""
-    return confusion(classifier, pairs, device)[0]
+    return confusion(classifier, pairs)[0]
 
 
 def refuse_what_is_not_finite(run, losses, norm):
@@ -1284,7 +1283,7 @@ def show_table(run, log):
     columns = [task if task in learned else f"({task})" for task in tasks] + ["mean"]
     rows = []
     for name, scores in run.table:
-        mean = float(np.mean([scores[task] for task in tasks if task in learned]))
+        [mean] = plain_mean([[scores[task]] for task in tasks if task in learned])
         rows.append((name, [*scores.values(), mean]))
     text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
     (run.out / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -1296,7 +1295,21 @@ def show_table(run, log):
     name = name_of(run.args)
     title = f"{name}: {unit} after each stage (framed: trained in it)"
     draw_or_say_why(log, matrix_picture, run.out / "table.png", title, columns, rows, framed)
-    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl")
+    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl",
+                    *rates_and_begins(run))
+
+
+def rates_and_begins(run):
+    """[(iteration, counted over all stages, its learning rate), ...], some 200 points a stage; and
+    {name of a stage: the iterations before it}."""
+    rates, begins, done = [], {}, 0
+    for k, stage in enumerate(run.schedule, 1):
+        begins[f"stage {k}"] = done
+        for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1)):
+            lr = lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"])
+            rates.append((done + t, lr))
+        done += stage.iterations
+    return rates, begins
 
 
 def draw_or_say_why(log, picture, path, *what):
@@ -1341,7 +1354,7 @@ def finish(run, pairs, log, machine):
     """The last words: a classifier's confusion matrix or the strips, and what the run took: time,
     the GPU's memory at its peak, and images a second of training (validations not counted)."""
     if run.args.arch == "classifier":
-        log.say(f"\n{confusion_text(*confusion(run.model, pairs, machine.device))}")
+        log.say(f"\n{confusion_text(*confusion(run.model, pairs))}")
     else:
         learned = {task: pairs[task] for task in run.schedule[-1].tasks}
         draw_or_say_why(log, task_strips, run.out / "strips.png", run.model, learned,

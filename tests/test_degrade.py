@@ -1,6 +1,7 @@
 """The degradations: equal to the published ones, batched, on any device; files of all kinds, the cache, test sets."""
 import csv
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -71,7 +72,7 @@ def test_jpeg_tables_are_transposed_as_published():
 def test_a_batch_with_mixed_parameters_equals_single_images(task):
     n, size = 5, (64, 96)
     x = torch.rand(n, 3, *size, generator=d.seeded(1))
-    depth = torch.cat([d.depth_prior(*size, d.seeded(k)) for k in range(n)])
+    depth = torch.cat([(k + 1) * d.depth_prior(*size, d.seeded(k)) for k in range(n)])          # each its own maximum
     drawn = d.draw(task, size, "in", d.seeded(2), n)
     together = d.apply(x, task, drawn, depth)
     for i in range(n):
@@ -98,12 +99,45 @@ def test_what_is_drawn_fills_the_papers_ranges_and_nothing_else(split, task):
     assert {(s, t) for s in RANGES for t in RANGES[s]} == set(DRAWN)
     drawn = d.draw(task, (4, 4), split, d.seeded(split, task), 4000)
     assert set(drawn) - {"field", "noise"} == set(DRAWN[split, task])
+    for name, (mean, deviation, channels) in {"field": (128, 73.9, 1), "noise": (0, 1, 3)}.items():
+        if name in drawn:
+            assert drawn[name].shape == (4000, channels, 4, 4) and abs(drawn[name].std() / deviation - 1) < 0.01
+            assert abs(drawn[name].mean() - mean) < 0.02 * deviation
     for name, (low, high, step) in DRAWN[split, task].items():
         steps = (drawn[name].double().numpy() - low) / step
         counts = np.bincount(steps.round().astype(int))              # a negative number would be an error
         assert np.abs(steps - steps.round()).max() < 1e-4 and len(counts) == round((high - low) / step) + 1
         ends = 1 if task == "rain" or name == "kernel_size" else 0.5    # what is rounded has ends half as often
         assert 0.3 * ends < np.mean(counts[[0, -1]]) / counts[1:-1].mean() < 1.7 * ends
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (50, 75)])
+def test_images_of_any_size_are_degraded(task, size):
+    x = torch.rand(2, 3, *size, generator=d.seeded(size))
+    y = d.degrade(x, task, generator=d.seeded(task))
+    assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1
+    if task == "jpeg":                                                  # black is added up to whole blocks of 16
+        whole = torch.nn.functional.pad(x, (0, -size[1] % 16, 0, -size[0] % 16))
+        assert torch.equal(d.jpeg(x, 30), d.jpeg(whole, 30)[:, :, :size[0], :size[1]])
+
+
+def test_part_of_a_rain_field_is_normalised_with_the_rest():
+    field = torch.rand(1, 1, 200, 300, generator=d.seeded("field")) * 256
+    whole = d.rain_streaks(field, 99, 5, 30, 10)
+    assert whole.max() == 1 and whole[:, :, :40, :50].max() < 1
+    assert torch.equal(d.rain_streaks(field, 99, 5, 30, 10, size=(40, 50)), whole[:, :, :40, :50])
+    assert d.rain_streaks(field, 99, 5, 30, 10, peak=0.5).max() * 255 == 127
+    assert (d.rain_streaks(torch.zeros(1, 1, 30, 40), 99, 5, 30, 10) == 0).all()                # a field without drops
+
+
+def test_the_prior_is_far_at_the_top_and_drawn_for_each_image():
+    prior = torch.cat([d.depth_prior(40, 60, d.seeded(k)) for k in range(20)])
+    assert prior.shape == (20, 1, 40, 60) and 0 < prior.min() and 0.99 < prior.max() <= 1
+    assert (prior[:, 0, :8].mean((1, 2)) > 2 * prior[:, 0, -8:].mean((1, 2))).all()
+    x = torch.zeros(2, 3, 40, 60)
+    one, two = d.apply(x, "haze", {"airlight": torch.ones(2), "beta": torch.ones(2)}, generator=d.seeded(0))
+    assert not torch.equal(one, two)
 
 
 def test_sr_has_no_out_range():
@@ -171,6 +205,9 @@ def test_dead_leaves_come_from_the_seed_and_look_like_a_scene():
     other, _ = d.dead_leaves(192, 256, d.seeded(4))
     assert torch.equal(image, again) and not torch.equal(image, other)
     assert image.shape == (1, 3, 192, 256) and depth.shape == (1, 1, 192, 256)
+    # The scene of a seed stays as it has always been: the demo's images are made of it.
+    assert image.mean((0, 2, 3)).tolist() == pytest.approx([0.26144, 0.34434, 0.44164], abs=2e-5)
+    assert image[0, :, 96, 128].mul(255).round().tolist() == [64, 87, 116]
     assert torch.equal(image, d.quantize(image)) and 0 < depth.min() and depth.max() <= 1
     assert len(depth.unique()) > 50                                     # layers, not one plane
     spectra = [spectrum_slope(d.dead_leaves(256, 256, d.seeded(k))[0]) for k in range(12)]
@@ -202,24 +239,6 @@ def spectrum_slope(image, lowest=4):
 def save(path, array, **options):
     Image.fromarray(array).save(path, **options)
     return path
-
-
-def test_every_kind_of_file_becomes_rgb(tmp_path):
-    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    grey = rgb[:, :, 0]
-    assert np.array_equal(d.read_image(save(tmp_path / "rgb.png", rgb)), rgb)
-    assert np.array_equal(d.read_image(save(tmp_path / "grey.png", grey)), np.repeat(grey[:, :, None], 3, 2))
-    assert np.array_equal(d.read_image(save(tmp_path / "rgba.png", np.dstack((rgb, grey)))), rgb)
-    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
-    assert np.abs(d.read_image(tmp_path / "cmyk.tif").astype(int) - rgb).mean() < 3
-    assert d.read_image(tmp_path / "palette.png").shape == rgb.shape
-    for turn, wanted in ((3, np.rot90(rgb, 2)), (6, np.rot90(rgb, -1)), (7, np.rot90(rgb, 2).transpose(1, 0, 2))):
-        held = Image.Exif()
-        held[0x0112] = turn                                             # how the camera was held
-        for name in ("turned.png", "turned.tif"):
-            save(tmp_path / name, rgb, exif=held)
-            assert np.array_equal(d.read_image(tmp_path / name), wanted)
 
 
 def test_broken_and_small_files_are_named_and_skipped(tmp_path):
@@ -345,6 +364,27 @@ def pillow(array, mode=None):
     return lambda path: Image.fromarray(array, mode).save(path) if mode is None else Image.fromarray(array).convert(mode).save(path)
 
 
+GREY3 = np.repeat(EIGHT[:, :, None], 3, 2).astype(np.uint8)
+
+
+def lab(path):
+    srgb, profile = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    ImageCms.profileToProfile(Image.fromarray(GREY3), srgb, profile, outputMode="LAB").save(path)
+
+
+def turn_to(turn):
+    """How the camera was held, said in every format that can."""
+    def write(path):
+        held = Image.Exif()
+        held[0x0112] = turn
+        for name in ("y.png", "y.webp", "x.tif"):
+            Image.fromarray(GREY3).save(path.with_name(name), exif=held, lossless=True)
+        assert all(np.array_equal(d.read_image(path.with_name(name)), d.read_image(path)) for name in ("y.png", "y.webp"))
+        for name in ("y.png", "y.webp"):
+            path.with_name(name).unlink()
+    return write
+
+
 # name: (file, how it is written, what is read (first channel) or None, alpha or None)
 KINDS = {
     "16-bit colour": ("x.png", lambda p: png(p, COLOUR), COLOUR[:, :, 0] / 256, None),
@@ -354,6 +394,13 @@ KINDS = {
     "a palette with alpha": ("x.png", lambda p: png(p, RAMP % 4, b"\x80", 8, bytes(range(12))), RAMP % 4 * 3,
                              np.where(RAMP % 4 == 0, 128, 255)),
     "16-bit PPM": ("x.ppm", lambda p: p.write_bytes(b"P6 30 20 65535\n" + COLOUR.astype(">u2").tobytes()), COLOUR[:, :, 0] / 257, None),
+    "palette": ("x.png", lambda p: Image.fromarray(GREY3[:, :, 0]).convert("P").save(p), EIGHT, None),
+    "CMYK": ("x.tif", lambda p: Image.fromarray(GREY3).convert("CMYK").save(p), EIGHT, None),
+    "alpha": ("x.png", pillow(np.dstack((GREY3, 255 - EIGHT.astype(np.uint8)))), EIGHT, 255 - EIGHT),
+    "LAB": ("x.tif", lab, EIGHT, None),
+    **{f"turn {turn}": ("x.tif", turn_to(turn), turns, None) for turn, turns in
+       ((1, EIGHT), (2, EIGHT[:, ::-1]), (3, EIGHT[::-1, ::-1]), (4, EIGHT[::-1]), (5, EIGHT.T), (6, np.rot90(EIGHT, -1)),
+        (7, np.rot90(EIGHT, 2).T), (8, np.rot90(EIGHT)))},
     **{suffix: (f"x{suffix}", pillow(np.full((20, 30, 3), 90, np.uint8)), np.full((20, 30), 90), None)
        for suffix in (".jpg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".jfif", ".tga", ".ppm")},
 }
@@ -366,7 +413,7 @@ def test_every_format_is_read_and_what_is_clear_stays_clear(tmp_path, kind):
     assert d.list_images([tmp_path]) == [tmp_path / name]
     image, notes = d.open_image(tmp_path / name)
     if first is not None:
-        assert np.abs(d.to_rgb(image)[:, :, 0] - first).max() <= 1
+        assert np.abs(d.to_rgb(image)[:, :, 0] - first).max() <= 2
     assert ("A" in image.getbands()) == (alpha is not None) and notes == []
     if alpha is not None:
         found = np.asarray(image.getchannel("A"))
@@ -434,27 +481,15 @@ def test_only_the_formats_of_the_readme_are_tried(tmp_path):
         Image.MAX_IMAGE_PIXELS = monkey
 
 
-def test_a_lab_tiff_is_read_as_its_colours(tmp_path):
-    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    ImageCms.profileToProfile(Image.fromarray(rgb), srgb, lab, outputMode="LAB").save(tmp_path / "lab.tif", icc_profile=b"Lab's")
-    image, _ = d.open_image(tmp_path / "lab.tif")
-    assert image.mode == "RGB" and image.info["icc_profile"] != b"Lab's"        # but sRGB's
-    assert np.abs(np.asarray(image).astype(int) - rgb).mean() < 3
-
-
-@pytest.mark.parametrize("fault", (RuntimeError("decoder"), MemoryError(), KeyError("x"), struct.error("short")))
+@pytest.mark.parametrize("fault", (MemoryError(), struct.error("short")))
 def test_whatever_a_decoder_raises_becomes_one_line(tmp_path, monkeypatch, fault):
-    save(tmp_path / "x.png", np.zeros((20, 30, 3), np.uint8))
-    np.save(tmp_path / "d.npy", np.ones((4, 4)))
-
     def fails(*args, **options):
         raise fault
     monkeypatch.setattr(d.Image, "open", fails)
     monkeypatch.setattr(d.np, "load", fails)
-    with pytest.raises(ValueError, match="x.png: not a readable image .*(decoder|MemoryError|x|short)"):
+    with pytest.raises(ValueError, match="x.png: not a readable image .*(MemoryError|short)"):
         d.open_image(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="d.npy: not a readable depth map"):
+    with pytest.raises(ValueError, match="d.npy: not a readable depth map .*(MemoryError|short)"):
         d.read_depth(tmp_path / "d.npy")
 
 
@@ -540,23 +575,17 @@ def test_names_in_two_spellings_and_names_too_long_are_the_same_name(tmp_path):
     assert sorted(names) == sorted(os.listdir(tmp_path / "sets" / "original" / "GT"))
 
 
-MANY = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-sys.path.insert(0, sys.argv[1])
-import degrade as d
-cache = d.ImageCache(sys.argv[2], [(str(k), d.read_photo, (f"{k}.png", None)) for k in range(600)], 8, print)
-kept = [cache.crop(k, 1, 2, 8) for k in range(600)]
-assert all(crop[0, 0, 0] == k % 256 for k, crop in enumerate(kept))
-"""
-
-
-def test_six_hundred_images_under_a_limit_of_256_open_files(tmp_path):
-    for k in range(600):
-        np.save(tmp_path / f"{k}.npy", np.full((10, 12, 3), k % 256, np.uint8))
+def test_more_images_are_read_than_files_may_be_open(tmp_path):
+    for k in range(200):
+        np.save(tmp_path / f"{k}.npy", np.full((10, 12, 3), k, np.uint8))
         np.save(tmp_path / f"{k}.depth.npy", np.zeros((0, 0), np.float32))
-    done = subprocess.run([sys.executable, "-c", MANY, str(Path(d.__file__).parent), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        cache = d.ImageCache(tmp_path, [(str(k), d.read_photo, (None,)) for k in range(200)], 8)
+        assert all((cache.crop(k, 1, 2, 8) == k).all() for k in range(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("corners", (False, True))
