@@ -42,6 +42,7 @@ import copy
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -661,7 +662,7 @@ def batches(run, source, machine):
     # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
     loader = iter(torch.utils.data.DataLoader(
         Stream(run, source, machine), batch_size=None, sampler=ahead, num_workers=workers,
-        pin_memory=on_gpu, collate_fn=list, worker_init_fn=leave_signals))
+        pin_memory=on_gpu, collate_fn=list, worker_init_fn=obey_the_parent))
     for t in ahead:
         try:
             parts = next(loader)
@@ -678,11 +679,17 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
            if hasattr(signal, name)]
 
 
-def leave_signals(worker):
-    """In a loader process: a terminal or a job's end sends its signal to all processes alike, but
-    it is the parent's to stop. A worker ends with its parent: torch's loader sees to that."""
+def obey_the_parent(worker):
+    """In a loader process. A terminal or a job's end sends its signal to all processes alike, but
+    it is the parent's to stop. Where the parent is killed, nobody takes what the worker hands over
+    any more; it would wait for ever."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # ---- Pairs of one's own --------------------------------------------------------------------------
@@ -923,7 +930,8 @@ class Run:
                 with whole_file(self.out / name) as file:
                     torch.save(state, file)
             except (OSError, RuntimeError) as error:       # torch says RuntimeError of a full disk
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                cause = error.__context__ or error
+                reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
                 raise self.failed(f"{self.out / name}: not saved ({reason})") from None
 
     def failed(self, what):
@@ -948,8 +956,8 @@ def facts_of(args, schedule, data):
 
 
 def stage_files(out):
-    """The files that stages have left, the newest one last."""
-    return sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime)
+    """The files that stages have left, the last stage's last."""
+    return sorted(out.glob("stage*.pt"), key=lambda path: (len(path.name), path.name))
 
 
 def newest_state(out, facts):
