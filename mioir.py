@@ -1278,7 +1278,7 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
 
 @contextlib.contextmanager
 def blamed_on(path, reason=None):
-    """Around work on a file: whatever goes wrong becomes a ValueError of one line that names it.
+    """Around work on a file, or a part of it: what goes wrong becomes a ValueError that names it.
     (What a hostile file makes torch and Python raise can't be listed.) reason: said in place of
     the error's own words, but for those of the operating system, "No such file or directory"."""
     try:
@@ -1379,7 +1379,7 @@ def check_sizes(info, state):
         asked = sum(numbers) + len(numbers) if many else max(numbers, default=0)
         if not all(number >= 0 for number in numbers) or asked > (len(state) if many else widest):
             raise ValueError(f"size {name} does not fit its weights")
-    with torch.device("meta"):
+    with torch.device("meta"), blamed_on("arch, prompt and sizes"):
         model = model_for(info, state)
     fill(model.state_dict(), state)
     # Tables that are not stored, such as a window's index, must be small beside the weights.

@@ -114,10 +114,11 @@ BAD = {
     "prompts": (lambda: changed("raw", "prompts", lambda v: v[:, :64]), "mis-shaped prompts: (7, 64, 128)"),
     "prompts of eight": (lambda: changed("raw", "prompts", lambda v: torch.cat((v, v[:1]))), "trained on 8 tasks, and this program knows 7"),
     "views": (lambda: changed("raw", "blocks.0.conv1.weight", lambda v: torch.zeros(1).expand(10 ** 6, 10 ** 6)), "larger than what is stored"),
-    **{f"sizes {value}": (lambda value=value: checkpoint(sizes=value if isinstance(value, list) else SIZES | value), "") for value in (
+    "fewer blocks": (lambda: checkpoint(sizes=SIZES | {"blocks": 2}), "unexpected path.scale.block3.weight"),
+    **{f"sizes {value}": (lambda value=value: checkpoint(sizes=value if isinstance(value, list) else SIZES | value), "size") for value in (
         [], {"x": 1}, {"blocks": 10 ** 6}, {"width": 10 ** 9}, {"width": -1}, {"width": "16"}, {"width": None}, {"blocks": 3.5},
-        {"width": float("nan")}, {"prompt_width": 20000}, {"blocks": [3]}, {"blocks": 2}, {"width": [16]}, {"width": {"a": 1}})},
-    **{f"{arch} {value}": (lambda arch=arch, value=value: (c := checkpoint(arch, None)) | {"sizes": c["sizes"] | value}, "") for arch, value in (
+        {"width": float("nan")}, {"prompt_width": 20000}, {"blocks": [3]}, {"width": [16]}, {"width": {"a": 1}})},
+    **{f"{arch} {str(value)[:40]}": (lambda arch=arch, value=value: (c := checkpoint(arch, None)) | {"sizes": c["sizes"] | value}, "size") for arch, value in (
         ("restormer", {"dim": 20000}), ("restormer", {"heads": ()}), ("restormer", {"expansion": float("inf")}), ("restormer", {"heads": (3, 3, 3, 3)}),
         ("restormer", {"blocks": (10 ** 6,) * 4}), ("restormer", {"heads": (0, 1, 1, 1)}), ("swinir", {"window": 10 ** 4}), ("swinir", {"depths": (0,) * 10 ** 5}),
         ("swinir", {"heads": 0}), ("uformer", {"depths": ()}), ("promptir", {"prompt_sizes": (10 ** 6,) * 3}), ("promptir", {"up3_from": 9}))},

@@ -248,21 +248,11 @@ def test_attention_in_chunks_of_windows_is_attention_of_all_at_once(shifted):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("arch, prompt", [(arch, prompt) for arch, prompt in KINDS if prompt != "ap"])
-def test_half_precision_stays_finite_and_close(arch, prompt):
-    """Sums over 256 x 256 pixels and more leave float16's range where nobody looks; on a black picture lengths are 0."""
-    model = small(arch, prompt)
-    size = 128 if arch == "uformer" else 64               # a CPU is slow at float16; larger ones: the next test
-    for x in (torch.rand(1, 3, size, size), torch.zeros(1, 3, size, size)):
-        y = restore(model.float(), x, torch.tensor([1]))
-        half = restore(model.half(), x.half(), torch.tensor([1]))
-        assert half.dtype == torch.float16 and half.isfinite().all() and (half - y).abs().max() < 1e-2
-
-
+@torch.no_grad()
 def test_restormers_attention_in_half_precision_does_not_overflow():
-    """Maps of 300 give products of 9e4 x 65536 pixels, far beyond 65504."""
+    """Maps of 300 give products of 9e4 x 65536 pixels, far beyond 65504; those of a black picture have no length."""
     torch.manual_seed(0)
     attention = mioir.ChannelAttention(8, 2)
     f = 300 * torch.rand(1, 8, 256, 256)
-    with torch.no_grad():
-        assert torch.allclose(attention(f), attention.half()(f.half()).float(), atol=1.0, rtol=1e-2)
+    assert torch.allclose(attention(f), attention.half()(f.half()).float(), atol=1.0, rtol=1e-2)
+    assert not attention(0 * f.half()).any()
