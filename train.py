@@ -42,7 +42,9 @@ import copy
 import datetime
 import json
 import math
+import multiprocessing
 import os
+import shlex
 import signal
 import sqlite3
 import sys
@@ -59,9 +61,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, OneLineParser, apply, clock, draw, ends_in_one_line, item_name, jpeg,
-                     leaf_items, photo_items, read_image, require_folder, seeded, usable_cores,
-                     whole_file)
+from degrade import (ImageCache, OneLineParser, apply, clock, draw, ends_in_one_line, item_name,
+                     jpeg, leaf_items, photo_items, read_image, require_folder, seeded,
+                     usable_cores, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture, figure,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   plain_mean, read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
@@ -657,7 +659,7 @@ def batches(run, source, machine):
     # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
     loader = iter(torch.utils.data.DataLoader(
         Stream(run, source, machine), batch_size=None, sampler=ahead, num_workers=workers,
-        pin_memory=on_gpu, collate_fn=list, worker_init_fn=leave_signals))
+        pin_memory=on_gpu, collate_fn=list, worker_init_fn=obey_the_parent))
     for t in ahead:
         try:
             parts = next(loader)
@@ -674,11 +676,17 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
            if hasattr(signal, name)]
 
 
-def leave_signals(worker):
-    """In a loader process: a terminal or a job's end sends its signal to all processes alike, but
-    it is the parent's to stop. A worker ends with its parent: torch's loader sees to that."""
+def obey_the_parent(worker):
+    """In a loader process. A terminal or a job's end sends its signal to all processes alike, but
+    it is the parent's to stop. Where the parent is killed, nobody takes what the worker hands over
+    any more; it would wait for ever."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # ---- Pairs of one's own --------------------------------------------------------------------------
@@ -856,11 +864,7 @@ class Run:
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.new_optimizer()
         if saved:
-            self.model.load_state_dict(saved["raw"])
-            self.ema.load_state_dict(saved["ema"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.stage, self.iteration = saved["stage"], saved["iteration"]
-            self.table = [tuple(row) for row in saved["table"]]
+            self.take_over(saved)
 
     def new_optimizer(self):
         """Fresh for each stage: what Adam has learned about earlier gradients is forgotten. Adam
@@ -874,6 +878,21 @@ class Run:
     def place(self):
         """What comes next, in words: from an iteration's beginning until its step, that one."""
         return f"stage {self.stage + 1}, iteration {self.iteration + 1}"
+
+    def take_over(self, saved):
+        """Weights, moments and position of a checkpoint of this very run."""
+        self.model.load_state_dict(saved["raw"])
+        self.ema.load_state_dict(saved["ema"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if any({moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {p.shape}
+                   for p, moments in self.optimizer.state.items()):
+                raise ValueError
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"--resume: {self.out / 'last.pt'}: the optimiser's numbers do not "
+                             "fit the weights") from None
+        self.stage, self.iteration = saved["stage"], saved["iteration"]
+        self.table = [tuple(row) for row in saved["table"]]
 
     def tasks_at(self, t):
         """[task of each sample of the batch] in iteration t of the present stage."""
@@ -899,7 +918,8 @@ class Run:
                 with whole_file(self.out / name) as file:
                     torch.save(state, file)
             except (OSError, RuntimeError) as error:       # torch says RuntimeError of a full disk
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                cause = error.__context__ or error
+                reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
                 raise self.failed(f"{self.out / name}: not saved ({reason})") from None
 
     def failed(self, what):
@@ -926,7 +946,7 @@ def newest_state(out, facts):
     which the run can go on: it holds as much. And where it is of another run, each difference, so
     that the right flag can be found: half a run by one recipe and half by another is neither."""
     last = out / "last.pt"
-    ends = sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime)
+    ends = sorted(out.glob("stage*.pt"), key=lambda path: (len(path.name), path.name))
     try:
         saved = read_checkpoint(last)
         if "optimizer" not in saved:
@@ -981,13 +1001,14 @@ def one_run_in(args):
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     out.mkdir(parents=True, exist_ok=True)
+    (out / "lock").touch()                             # an OSError where nothing can be written
+    lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
     try:
-        lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        if "I/O" not in str(error):                    # that is said where a disk knows no locks
-            raise ValueError(f"--out {out}: {error}; if another run is writing there, wait for its "
-                             "end, or choose another --out") from None
+    except sqlite3.Error as error:                     # another error: a disk that knows no locks
+        if "locked" in str(error):
+            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
+                             "choose another --out") from None
     try:
         for torn in out.glob(".*.tmp"):                # whole_file's, where a save was killed
             torn.unlink()
@@ -1153,12 +1174,13 @@ class Log:
     """
 
     def __init__(self, run):
-        self.speaks, path = run.leads, run.out / "log.jsonl"
-        # Line-buffered, so a killed run's log is whole but for its last line.
-        self.file = open(path if run.leads else os.devnull, "a" if run.args.resume else "w",
-                         buffering=1, encoding="utf-8")
-        if self.file.tell():                       # which would swallow the next
-            self.file.write("\n")
+        self.speaks = run.leads
+        path = run.out / "log.jsonl" if run.leads else Path(os.devnull)
+        kept = path.read_bytes() if run.args.resume and path.exists() else b""
+        # Line-buffered, so a killed run's log is whole; only a power cut can tear its last line,
+        # which must not swallow the next.
+        self.file = open(path, "a" if kept else "w", buffering=1, encoding="utf-8")
+        self.file.write("\n" if kept and not kept.endswith(b"\n") else "")
         self.losses = {task: [] for task in ANSWERS}
         self.iterations = 0                        # of this session: a resumed run counts anew
         # Seconds: when it began, and how long validations took.
@@ -1184,9 +1206,10 @@ class Log:
         self.file.close()
 
     def say(self, text, end="\n"):
-        """A line on the screen."""
+        """A line on the screen; where that has gone, nobody hears it, and the run goes on."""
         if self.speaks:
-            print(text, end=end, flush=True)
+            with contextlib.suppress(OSError, ValueError):
+                print(text, end=end, flush=True)
 
     def write(self, **fields):
         """A line in log.jsonl."""
@@ -1249,14 +1272,21 @@ def show_table(run, log):
     name = name_of(run.args)
     title = f"{name}: {unit} after each stage (framed: trained in it)"
     draw_or_say_why(log, matrix_picture, run.out / "table.png", title, columns, rows, framed)
-    begins, rates, done = {}, [], 0
+    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl",
+                    *rates_and_begins(run))
+
+
+def rates_and_begins(run):
+    """[(iteration, counted over all stages, its learning rate), ...], some 200 points a stage; and
+    {name of a stage: the iterations before it}."""
+    rates, begins, done = [], {}, 0
     for k, stage in enumerate(run.schedule, 1):
         begins[f"stage {k}"] = done
-        rates += [(done + t, lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"]))
-                  for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1))]
+        for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1)):
+            lr = lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"])
+            rates.append((done + t, lr))
         done += stage.iterations
-    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl", rates,
-                    begins)
+    return rates, begins
 
 
 def draw_or_say_why(log, picture, path, *what):
@@ -1301,7 +1331,9 @@ def finish(run, pairs, log, device):
     if run.args.data or run.args.pairs:
         log.say("(The table is of the built-in images, held out; not of yours.)")
     log.say(f"done in {clock(time.monotonic() - log.start)}, {log.images_per_second(run):.1f} "
-            f"images/s; {run.out} holds last.pt, log and pictures\nnext: python eval.py {run.out}")
+            f"images/s; {run.out} holds last.pt, log and pictures")
+    script = "eval.py" if len(TASKS) == 7 else sys.argv[0]     # that, which added a task, runs both
+    log.say(f"next: python {script} {shlex.quote(f'{run.out}/last.pt')}")
 
 
 def train(args):
@@ -1344,8 +1376,8 @@ def errors_explained():
         yield
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
-            raise ValueError(f"not enough memory ({error}); try --accumulate 2, 4 ..., "
-                             "--checkpointing, --batch or --crop") from None
+            raise ValueError("not enough memory; try --accumulate 2, 4 ..., --checkpointing, "
+                             "--batch or --crop") from None
         if isinstance(error, dist.DistError) or "by peer" in str(error):
             raise ValueError("another process has ended, and said why") from None
         raise
