@@ -559,7 +559,7 @@ def test_a_flag_that_would_be_ignored_is_refused_before_the_checkpoint_is_read(t
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["in.png"], ["is a picture", "--input in.png"]), (["folder"], ["folder/last.pt: No such file"]),
+    (["in.png"], ["is a picture", "as --input"]), (["folder"], ["folder/last.pt: No such file"]),
     (["nothing.pt"], ["nothing.pt: No such file", "there are: none yet"]),
     (["--input", "folder", "--output", "in.png"], ["--input is a folder"]),
     (["--input", "folder", "--output", "new.png"], ["--input is a folder"])])
