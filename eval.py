@@ -54,9 +54,9 @@ from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
 from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, ends_in_one_line,
-                     find_depths, gaussian_taps, list_images, nfc, open_image, progress, read_image,
-                     read_photo, require_folder, seeded, short_name, time_left, to_image, to_rgb,
-                     to_tensor, whole_file)
+                     find_depths, gaussian_taps, list_images, nfc, open_image, progress, read_photo,
+                     require_folder, seeded, short_name, time_left, to_image, to_rgb, to_tensor,
+                     whole_file)
 from mioir import (ANSWERS, DOUBT, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
                    classify, load_model, parse_task, restore)
 
@@ -412,7 +412,10 @@ def partners(stem, gts):
 def read_pairs(pairs):
     """Reads [(LQ file, GT file), ...] one by one, as pairs (lq, gt) of one size."""
     for lq_path, gt_path in pairs:
-        lq, gt = to_tensor(read_image(lq_path)), to_tensor(read_image(gt_path))    # (1,3,H,W)
+        (lq, noted), (gt, noted_too) = open_image(lq_path), open_image(gt_path)
+        if noted or noted_too:                             # as of a file of several pages
+            progress(f"{lq_path} or {gt_path}: {', '.join(noted or noted_too)}")
+        lq, gt = to_tensor(to_rgb(lq)), to_tensor(to_rgb(gt))                      # (1,3,H,W)
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
         if np.abs(np.subtract(lq.shape, gt.shape)).max() > 8:
             raise ValueError(f"{lq_path} and {gt_path} are not of one size: not a pair, unless the "
