@@ -9,6 +9,7 @@ One network restores seven kinds of degraded image. Two ideas make that work:
     y = restore(model, x, task)                            # the same for any height and width
     model, info = load_model("assets/restormer.pt")        # a checkpoint rebuilds its own model
     restore(model, "assets/coffee_noisy.png", "noise").save("out.png")  # or an array, a tensor
+    restore(model, "assets/coffee_noisy.png", "auto")      # a classifier names the task, or none
 
 Papers: MiOIR (Kong et al., arXiv 2401.03379); SRResNet (Ledig et al. 2017), SwinIR (Liang et al.
 2021), Restormer (Zamir et al. 2022), Uformer (Wang et al. 2022), PromptIR (Potlapalli et al. 2023).
@@ -43,7 +44,6 @@ from torch import nn
 from torch.nn import functional as F
 
 TASKS = ("blur", "noise", "jpeg", "rain", "haze", "dark", "sr")     # rows of prompts and of logits
-ANSWERS = (*TASKS, "none")      # of our own classifier, which may also say: nothing is wrong here
 ARCHS = ("srresnet", "swinir", "restormer", "uformer", "promptir")
 
 
@@ -938,7 +938,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None, classifie
     modes = {module: module.training for module in model.modules()}
     model.eval()                                   # drop path is for training
     try:
-        if isinstance(task, str) and task == "auto":
+        if isinstance(task, str) and task.lower() == "auto":
             if getattr(model, "prompt", "ep") == "ep":
                 return as_given(restore_as_named(model, x, classifier, tile, overlap, report))
             task = None                            # a plain or "ap" model reads no task
@@ -1059,6 +1059,9 @@ def task_tensor(model, task, images):
 
 
 # ---- "auto": the task that a classifier names ----------------------------------------------------
+
+ANSWERS = (*TASKS, "none")
+
 
 class TaskOrNone(TaskClassifier):
     """Our own classifier: (N,3,H,W) -> logits (N,8) in the order of ANSWERS. It may also say that
@@ -1275,7 +1278,7 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
 
 @contextlib.contextmanager
 def blamed_on(path, reason=None):
-    """Around work on a file: whatever goes wrong becomes a ValueError of one line that names it.
+    """Around work on a file, or a part of it: what goes wrong becomes a ValueError that names it.
     (What a hostile file makes torch and Python raise can't be listed.) reason: said in place of
     the error's own words, but for those of the operating system, "No such file or directory"."""
     try:
@@ -1376,7 +1379,7 @@ def check_sizes(info, state):
         asked = sum(numbers) + len(numbers) if many else max(numbers, default=0)
         if not all(number >= 0 for number in numbers) or asked > (len(state) if many else widest):
             raise ValueError(f"size {name} does not fit its weights")
-    with torch.device("meta"):
+    with torch.device("meta"), blamed_on("arch, prompt and sizes"):
         model = model_for(info, state)
     fill(model.state_dict(), state)
     # Tables that are not stored, such as a window's index, must be small beside the weights.

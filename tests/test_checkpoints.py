@@ -7,7 +7,7 @@ import torch
 
 import mioir
 from mioir import ARCHS, TaskClassifier, build_model, load_model, read_checkpoint, recognise
-from reference import VARIANTS, published_prompts, published_state
+from reference import published_state
 from test_models import KINDS, SMALL, small
 
 
@@ -114,10 +114,11 @@ BAD = {
     "prompts": (lambda: changed("raw", "prompts", lambda v: v[:, :64]), "mis-shaped prompts: (7, 64, 128)"),
     "prompts of eight": (lambda: changed("raw", "prompts", lambda v: torch.cat((v, v[:1]))), "trained on 8 tasks, and this program knows 7"),
     "views": (lambda: changed("raw", "blocks.0.conv1.weight", lambda v: torch.zeros(1).expand(10 ** 6, 10 ** 6)), "larger than what is stored"),
-    **{f"sizes {value}": (lambda value=value: checkpoint(sizes=value if isinstance(value, list) else SIZES | value), "") for value in (
+    "fewer blocks": (lambda: checkpoint(sizes=SIZES | {"blocks": 2}), "unexpected path.scale.block3.weight"),
+    **{f"sizes {value}": (lambda value=value: checkpoint(sizes=value if isinstance(value, list) else SIZES | value), "size") for value in (
         [], {"x": 1}, {"blocks": 10 ** 6}, {"width": 10 ** 9}, {"width": -1}, {"width": "16"}, {"width": None}, {"blocks": 3.5},
-        {"width": float("nan")}, {"prompt_width": 20000}, {"blocks": [3]}, {"blocks": 2}, {"width": [16]}, {"width": {"a": 1}})},
-    **{f"{arch} {value}": (lambda arch=arch, value=value: (c := checkpoint(arch, None)) | {"sizes": c["sizes"] | value}, "") for arch, value in (
+        {"width": float("nan")}, {"prompt_width": 20000}, {"blocks": [3]}, {"width": [16]}, {"width": {"a": 1}})},
+    **{f"{arch} {str(value)[:40]}": (lambda arch=arch, value=value: (c := checkpoint(arch, None)) | {"sizes": c["sizes"] | value}, "size") for arch, value in (
         ("restormer", {"dim": 20000}), ("restormer", {"heads": ()}), ("restormer", {"expansion": float("inf")}), ("restormer", {"heads": (3, 3, 3, 3)}),
         ("restormer", {"blocks": (10 ** 6,) * 4}), ("restormer", {"heads": (0, 1, 1, 1)}), ("swinir", {"window": 10 ** 4}), ("swinir", {"depths": (0,) * 10 ** 5}),
         ("swinir", {"heads": 0}), ("uformer", {"depths": ()}), ("promptir", {"prompt_sizes": (10 ** 6,) * 3}), ("promptir", {"up3_from": 9}))},
@@ -199,18 +200,7 @@ def test_weights_are_read_out_of_wrappers_by_our_names_and_the_published(tmp_pat
             load_model(tmp_path / f"{name}.pt", "ema")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_bare_state_dict_of_ours_tells_its_network(arch):
+def test_a_bare_state_dict_of_ours_tells_its_network():
     with torch.device("meta"):
-        info = recognise(build_model(arch).state_dict())
-    assert info["arch"] == arch and not info["published"]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_published_name_and_shape_is_ours_by_another_name(variant):
-    """The list is the published code's (golden/models.json)."""
-    arch, prompt = variant.split("-")
-    with torch.device("meta"):
-        model = TaskClassifier() if arch == "classifier" else build_model(arch, None if prompt == "none" else prompt)
-    ours = {name: tuple(value.shape) for name, value in mioir.by_published_names(arch, model, dict(model.named_parameters())).items()}
-    assert ours == {name: tuple(shape) for name, shape in VARIANTS[variant]["keys"]}
+        told = [recognise(build_model(arch).state_dict()) for arch in ARCHS]
+    assert [(info["arch"], info["published"]) for info in told] == [(arch, False) for arch in ARCHS]

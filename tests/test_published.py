@@ -9,7 +9,7 @@ import mioir
 import published
 from bench import by_published_names
 from reference import OUTPUTS, VARIANTS, published_input, published_prompts, published_state
-from test_models import SMALL
+from test_models import small
 
 @pytest.mark.parametrize("variant", ("srresnet-none", "swinir-ap", "uformer-ep"))     # test_models has all, of ours
 @torch.no_grad()
@@ -37,19 +37,11 @@ def test_the_transcription_shares_nothing_with_ours():
     assert imported == {"functools", "torch", "torch.nn"}
 
 
-def build_pair(arch, prompt):
-    torch.manual_seed(0)
-    ours = mioir.build_model(arch, prompt, **SMALL[arch])
-    state = by_published_names(arch, ours, ours.state_dict())
-    prompts = ours.prompts if prompt == "ep" else None
-    return ours, published.Published(arch, state, prompts, adaptive=prompt == "ap")
-
-
 @pytest.mark.parametrize("arch", mioir.ARCHS)
 def test_a_training_step_has_the_gradients_of_ours(arch):
     """In evaluation mode, where drop path is off; every parameter, brought to the same names."""
-    prompt = None if arch == "promptir" else "ep"
-    ours, theirs = build_pair(arch, prompt)
+    ours = small(arch, None if arch == "promptir" else "ep")
+    theirs = published.Published(arch, by_published_names(arch, ours, ours.state_dict()), getattr(ours, "prompts", None))
     size = 128 if arch == "uformer" else 32
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     for model in (ours, theirs):
@@ -77,12 +69,3 @@ def test_drop_path_has_the_probabilities_of_ours(arch):
     else:
         in_theirs = published.rising(36)
     assert in_ours[::2] == pytest.approx(in_theirs, abs=1e-7)
-
-
-def test_drop_path_leaves_out_whole_images_and_keeps_the_mean():
-    torch.manual_seed(0)
-    dropped = published.drop_path(torch.ones(4000, 3, 5), 0.25)
-    by_image = dropped.flatten(1)
-    assert (by_image == by_image[:, :1]).all()
-    assert by_image.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert by_image.mean() == pytest.approx(1, abs=0.05)
