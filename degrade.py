@@ -896,7 +896,7 @@ def usable_cores():
 
 def _run_all(jobs, say, doing):
     """Does all jobs, {key: (function, its arguments)}, in threads. Returns {key: result} and, where
-    a ValueError came, {key: its text}, as they ended. Says how far it is.
+    a ValueError came, {key: its text}, in the order of the jobs. Says how far it is.
 
     Threads suffice, because Pillow's decoders and torch's and numpy's loops let others run; unlike
     processes, they need no copy of the program and end with it. More than 16 would mostly wait for
@@ -919,15 +919,15 @@ def _run_all(jobs, say, doing):
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
-    return done, bad
+    return done, {key: bad[key] for key in jobs if key in bad}
 
 
 # ---- The cache: decoded images, of which a crop is read without the rest -------------------------
 # A training crop is a small part of a photo, but a PNG or JPEG file can only be decoded as a whole.
 # So each is decoded once, into an .npy file, of which a crop's rows are mapped into memory.
 #
-# An item is (name, maker, arguments): maker(*arguments) gives (image (H,W,C) uint8, depth (h,w)
-# float32 or None), and the name changes when the content would.
+# An item is (name, maker, arguments), and True where a depth must come with it: maker(*arguments)
+# gives (image (H,W,C) uint8, depth (h,w) float32 or None); the name changes when these would.
 
 def _make_leaves(edge, seed):
     image, depth = dead_leaves(edge, edge, torch.Generator("cpu").manual_seed(seed))
@@ -937,7 +937,7 @@ def _make_leaves(edge, seed):
 def leaf_items(count, edge, seed):
     """Items: dead leaves, edge x edge pixels, with true depth. The 3 in the name goes up when what
     is stored changes, so that a cache of older ones is not used."""
-    return [(f"leaves3-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k))
+    return [(f"leaves3-{edge}-{seed}-{k}", _make_leaves, (edge, 1_000_003 * seed + k), True)
             for k in range(count)]
 
 
@@ -958,7 +958,8 @@ def photo_items(folders, depth_folder=None, say=progress):
     items = []
     for path, depth in find_depths(folders, depth_folder, say).items():
         files = [path] if depth is None else [path, depth]
-        items.append((item_name(path.stem, *files), read_photo, (path, depth)))
+        name = item_name(path.stem, *files)
+        items.append((name, read_photo, (path, depth), depth is not None))
     return items
 
 
@@ -984,19 +985,16 @@ def _store(maker, arguments, target):
     """Makes an item's arrays and stores them as TARGET.depth.npy and TARGET.npy.
 
     A depth map is divided by the maximum that it has when enlarged to the image's size: then 1 is
-    the WHOLE image's farthest point, wherever it will be cropped (add_haze). Where there is none,
-    an empty map says so: one that has got lost is not taken for none.
+    the WHOLE image's farthest point, wherever it will be cropped (add_haze).
     """
     image, depth = maker(*arguments)
-    if depth is None:
-        depth = np.zeros((0, 0), np.float32)
-    else:
+    if depth is not None:
         whole = torch.from_numpy(np.array(depth))[None, None]
         whole = F.interpolate(whole, image.shape[:2], mode="bilinear")
-        depth = depth / max(whole.max().item(), 1e-12)
-    for array, suffix in ((depth, ".depth.npy"), (image, ".npy")):
-        with whole_file(f"{target}{suffix}") as file:
-            np.save(file, array)
+        with whole_file(f"{target}.depth.npy") as file:
+            np.save(file, depth / max(whole.max().item(), 1e-12))
+    with whole_file(f"{target}.npy") as file:
+        np.save(file, image)
 
 
 def _filled(part, edge):
@@ -1014,7 +1012,8 @@ class ImageCache:
 
     def __init__(self, folder, items, minimum, say=progress):
         self.folder = Path(folder)
-        self.items = {name: (maker, arguments) for name, maker, arguments in items}
+        self.items = {name: (maker, arguments) for name, maker, arguments, *_ in items}
+        self.with_depth = {name for name, *_, depth in items if depth is True}
         bad = self._build(say)                         # {name: what is wrong with it}
         self.sizes = {name: self._open(name).shape[:2] for name in self.items if name not in bad}
         for name, (h, w) in self.sizes.items():
@@ -1048,7 +1047,8 @@ class ImageCache:
         """Whether an item's files can be read: after a power cut, or a copy that was interrupted,
         some are empty, short or garbage."""
         try:
-            return self._open(name).ndim == 3 and self._open(name, ".depth.npy").ndim == 2
+            return self._open(name).ndim == 3 and (name not in self.with_depth or
+                                                   self._open(name, ".depth.npy").ndim == 2)
         except Exception:                              # garbage leads numpy to any kind
             return False
 
@@ -1073,11 +1073,14 @@ class ImageCache:
     def depth_crop(self, k, top, left, edge, generator):
         """The depth of that crop, (1,edge,edge) float32 numpy array in [0,1], where 1 is the WHOLE
         image's farthest point. Where the image came without a depth, prior_knots are drawn from the
-        generator."""
-        depth = torch.from_numpy(self._open(self.names[k], ".depth.npy"))[None, None]
-        prior = depth.numel() == 0
-        depth = prior_knots(generator) if prior else depth
-        part = enlarged_part(depth, self.size(k), top, left, edge, corners=prior)
+        generator; one that should be there and is not is an OSError."""
+        name = self.names[k]
+        if name in self.with_depth or (self.folder / f"{name}.depth.npy").exists():
+            depth = torch.from_numpy(self._open(name, ".depth.npy"))[None, None]
+            part = enlarged_part(depth, self.size(k), top, left, edge)
+        else:
+            depth = prior_knots(generator)
+            part = enlarged_part(depth, self.size(k), top, left, edge, corners=True)
         return _filled(part[0].numpy(), edge).clip(0, 1)
 
 

@@ -1333,14 +1333,14 @@ def is_of_kind(value, kind):
 
 def check_fields(saved):
     """Raises ValueError where a checkpoint of train.py is not what `Run.save` writes, KeyError for
-    what it lacks. What is in the optimiser's state, Adam itself will see."""
+    what it lacks. The optimiser's state is not looked into: only train.py loads it."""
     for part, kinds in ((saved, _FIELDS), (saved["facts"], _FACTS)):
         for name, kind in kinds.items():
             value = part.get(name, {}) if name == "optimizer" else part[name]
             if not is_of_kind(value, kind):
-                raise ValueError(f"{name} is not such as train.py writes")
+                raise ValueError(f"{name} is not what train.py writes there")
     if any([type(cell) for cell in row] != [str, dict] for row in saved["table"]):
-        raise ValueError("table is not such as train.py writes: rows of a name and numbers")
+        raise ValueError("table is not what train.py writes there: rows of a name and numbers")
     stage, stages, iteration = saved["stage"], len(saved["facts"]["periods"]), saved["iteration"]
     if not 0 <= stage <= stages or iteration < 0:
         raise ValueError(f"stage {stage} of {stages}, iteration {iteration}: there is none such")
@@ -1351,7 +1351,7 @@ def check_fields(saved):
 
 def check_weights(state):
     """Raises ValueError unless state is {name: tensor of finite floats}, each with numbers of its
-    own: by strides of 0 a file of a kilobyte could hold a tensor of terabytes."""
+    own: with strides of 0, a file of a kilobyte can hold a tensor of terabytes."""
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for name, value in state.items():
         name = str(name)[:80]
@@ -1378,7 +1378,7 @@ def check_sizes(info, state):
         many = name in ("blocks", "depths", "refinement")
         asked = sum(numbers) + len(numbers) if many else max(numbers, default=0)
         if not all(number >= 0 for number in numbers) or asked > (len(state) if many else widest):
-            raise ValueError(f"size {name} does not fit its weights")
+            raise ValueError(f"size {name} does not fit the weights")
     with torch.device("meta"), blamed_on("arch, prompt and sizes"):
         model = model_for(info, state)
     fill(model.state_dict(), state)

@@ -72,7 +72,7 @@ def test_a_hazy_sample_is_a_piece_of_the_whole_hazy_picture(tmp_path):
     row, column = np.meshgrid(np.arange(250), np.arange(250), indexing="ij")
     image, depth = np.dstack((row, column, 0 * row + 90)).astype(np.uint8), np.ones((250, 250), np.float32)
     depth[:125, :125], depth[249, 249] = 3, 12
-    cache = d.ImageCache(tmp_path, [("photo", lambda: (image, depth), ())], 64)
+    cache = d.ImageCache(tmp_path, [("photo", lambda: (image, depth), (), True)], 64)
     s = train.sample({"photos": cache}, ("haze",), 64, 8, (0, 0, 0, 1))
     s["turn"] = 0
     haze = float(s["airlight"]), float(s["beta"])
@@ -145,7 +145,7 @@ def depth_cache(folder, size, maps):
     rng = np.random.default_rng(0)
     depth = rng.random((size[0] // 4, size[1] // 4), np.float32) * 9
     image = rng.integers(0, 256, (*size, 3), np.uint8)
-    return image, depth, d.ImageCache(folder, [("photo", lambda *_: (image, depth if maps else None), (None,))], 32)
+    return image, depth, d.ImageCache(folder, [("photo", lambda *_: (image, depth if maps else None), (None,), maps)], 32)
 
 
 @pytest.mark.parametrize("maps", (False, True))
