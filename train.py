@@ -15,9 +15,9 @@ Glossary
     iteration t    one step of the optimiser on one batch; counted from 0 within its stage
     period         iterations of one cosine of the learning rate
     stage          a set of tasks and the periods it is trained for
-    schedule       the list of stages; of a mixed run it has one
+    schedule       the list of stages; a mixed run has one stage
     run            one training, from the first stage to the last, however often it is interrupted
-    batch          samples of one iteration over all processes; a part of it: --accumulate
+    batch          the samples of one iteration, over all processes; --accumulate cuts it into parts
     raw, EMA       the weights as the optimiser leaves them, and their running average
     lq, gt         degraded and true crops, (N,3,crop,crop) in [0,1]; task: rows of TASKS, (N,)
 
@@ -183,9 +183,9 @@ def lr_at(iteration, periods, base_lr, eta_min):
 # ---- Which task, which crop ----------------------------------------------------------------------
 #
 # A sample is what the processor prepares, a crop and the random numbers for its degradation; the
-# degrading itself happens a batch at a time on the training device. With the same images, tasks and
-# batch, a sample depends on (seed, stage, t, i) alone, t the iteration and i its place, whoever
-# computes it: so a resumed run, or one on more GPUs, sees what the undisturbed run sees.
+# degrading itself happens a batch at a time on the training device. With the same images, tasks,
+# batch and crop, a sample depends on (seed, stage, t, i) alone, t the iteration and i its place,
+# whoever computes it: so a resumed run, or one on more GPUs, sees what the undisturbed run sees.
 #
 # The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
 # JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
@@ -219,8 +219,8 @@ def sample(source, tasks, crop, batch, key):
     source: {"photos": ImageCache; a task: the images of --pairs}, one or both. tasks: those of the
     stage. crop: edge in pixels. batch: the whole one. key: (seed, stage, t, i).
 
-    The order in which numbers are drawn here is a contract: it decides the bits of every run. Who
-    needs one more draws it last, or from a generator of its own.
+    The order in which numbers are drawn here is a contract: it decides the bits of every run. One
+    more number is to be drawn last, or from a generator of its own.
     """
     seed, stage, t, i = key
     task = task_of(tasks, t, i, batch)
@@ -378,7 +378,7 @@ def iterate(run, net, parts, machine, lr, asked):
     # same in all of them already.
     wish = torch.full((1,), float(asked), device=machine.device)
     told = torch.cat((losses, norm[None] / machine.world, wish))                # (batch + 2,)
-    *losses, norm, wish = machine.sums(told)       # waits for the GPU
+    *losses, norm, wish = machine.sums(told)
     refuse_what_is_not_finite(run, losses, norm)   # before the weights change
     run.optimizer.step()
     update_ema(run.ema, run.model, recipe["ema"])
@@ -453,7 +453,7 @@ def striped_prompts():
 #     4  SPECIAL[preset, arch]    where 3 suits 1 badly     lr 1.5e-3
 #     5  --lr --batch ...         the user's own            -
 #
-# leaves, validate: (how many, edge in pixels) of the training images if there is no --data, and of
+# leaves, validate: (how many, edge in pixels) of the dead leaves to train on without --data, and of
 # the validation images. prompts: what makes the "ep" prompts; the paper's random ones where nothing
 # is said.
 
@@ -522,7 +522,7 @@ def schedule_of(args):
 
 
 def name_of(args):
-    """Of a run, and of its folder where --out does not say otherwise."""
+    """The name of a run; its folder is called so, too, where --out does not say otherwise."""
     words = [args.arch, "seq" if args.seq else "mixed", args.order, args.prompt or "plain"]
     if args.arch == "classifier":
         words = [args.arch]
@@ -544,7 +544,7 @@ def sample_as_kept(source, tasks, crop, batch, key):
         item = clean_sample(source["photos"], crop + MARGIN, g)
     else:
         item = sample(source, tasks, crop, batch, key)
-    if "lq" in item:                               # of --pairs: it is kept as it is
+    if "lq" in item:                               # of --pairs: stays as somebody has made it
         return item
     item["grey"] = below(4, g) == 0
     item["saved"] = 85 + below(14, g) if below(3, g) == 0 and item["task"] != "jpeg" else 0
@@ -650,10 +650,10 @@ class Stream(torch.utils.data.Dataset):
 
 def batches(run, source, machine):
     """Yields (t, [(rows of the batch, Part), ...]) for the rest of run.stage. Raises ValueError
-    that names a file gone bad."""
+    that says why a batch could not be prepared, as by a file gone bad or a worker killed."""
     on_gpu, workers = machine.device.type == "cuda", run.args.workers
     if workers is None:                            # up to 8, where there are cores for them
-        workers = min(8, usable_cores() // machine.beside) if on_gpu else 0
+        workers = min(8, usable_cores() // machine.local_world) if on_gpu else 0
     # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
     ahead = range(run.iteration, run.schedule[run.stage].iterations)
     # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
@@ -708,7 +708,7 @@ def _make_pair(lq, gt):
 
 def open_images(args, say):
     """The images to train on, {"photos": ImageCache of --data, dead leaves or both; a task: that
-    of --pairs}. They are decoded once, into a cache beside the run or in --cache."""
+    of --pairs}. They are decoded once, into OUT/cache or --cache."""
     recipe, folder, source = args.recipe, args.cache or Path(args.out) / "cache", {}
     own = None
     if args.pairs:
@@ -803,7 +803,7 @@ def refuse_contradictions(args, refuse):
 
 
 def plan(args):
-    """The recipe in a line and the schedule as a table: what --print-plan shows."""
+    """The recipe in a line and the schedule as a table: what each run begins by printing."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
     schedule = schedule_of(args)
     rows = [[k, " ".join(stage.tasks), stage.iterations, f"{len(stage.periods)} x {r['period']}"]
@@ -820,14 +820,15 @@ def plan(args):
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
-# OUT/last.pt is all that a run needs to go on, on a CPU to the same bits: raw and EMA weights,
-# Adam's moments, and where it stands. No generator's state is in it: every random number is drawn
-# from one seeded by (seed, stage, t, i), so the position alone says what comes next.
+# With the images and the flags that it began with, OUT/last.pt is all that a run needs to go on, on
+# a CPU to the same bits: raw and EMA weights, Adam's moments, and where it stands. No generator's
+# state is in it: every random number is drawn from one seeded by (seed, stage, t, i), so the
+# position alone says what comes next.
 #
 # Were it otherwise, going on would need the state of each generator in each loader process, which
-# have drawn ahead of the iteration that is being computed. Sums of floats depend on their order:
-# the same bits come with the same machine and the same split of the batch, otherwise, and on a GPU,
-# the same numbers but for rounding.
+# have drawn ahead of the iteration that is being computed. Sums of floats depend on their order: a
+# CPU gives the same bits where it is the same machine and the batch is split in the same way. In
+# another split, and on a GPU, the numbers are the same but for rounding.
 #
 #     OUT/last.pt        the newest state, replaced in one step: a run that is killed at any moment
 #                        has a whole one
@@ -843,7 +844,7 @@ class Run:
     table:              [(name of a row, {task: PSNR in dB}), ...]: the input, with --init the first
                         weights, then a row a stage; a classifier's: accuracy in %, and chance
     facts:              what must be the same when a stopped run goes on
-    leads:              this process writes the files, one of all that train together
+    leads:              whether this process is the one that writes the files
 
     With --resume it stands where OUT/last.pt does. Raises ValueError where that can't be used.
     data: of the images, ImageCache.identity.
@@ -942,9 +943,10 @@ def facts_of(args):
 
 
 def newest_state(out, facts):
-    """What last.pt holds. Where it can't be read, ValueError names the newest stage's file, from
-    which the run can go on: it holds as much. And where it is of another run, each difference, so
-    that the right flag can be found: half a run by one recipe and half by another is neither."""
+    """What last.pt holds. Raises ValueError where it can't be read; that names the newest stage's
+    file, which holds as much, so that the run can go on from there. Raises ValueError, too, where
+    last.pt is of another run, with each difference: half a run by one recipe and half by another
+    would be neither."""
     last = out / "last.pt"
     ends = sorted(out.glob("stage*.pt"), key=lambda path: (len(path.name), path.name))
     try:
@@ -965,7 +967,7 @@ def newest_state(out, facts):
 
 def new_model(args, sizes):
     """Weights as they are before training: they depend on the seed alone, whatever was drawn
-    before. fork_rng gives torch's own generator back as it was, to a notebook, say, that calls."""
+    before. They come from torch's generator for the CPU, which stands afterwards where it stood."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.arch == "classifier":
@@ -988,8 +990,9 @@ def read_init(args):
 
 @contextlib.contextmanager
 def one_run_in(args):
-    """Around a run, in its leading process: its folder is its memory. Nothing is begun on top of
-    another run, nothing goes on without one, and nobody else writes there meanwhile.
+    """Around a run, in its leading process: holds the folder --out for this run alone. Raises
+    ValueError where a run would begin on top of another one, would go on where there is none, or
+    where another one is writing.
 
     The lock is the operating system's: it ends with the process that holds it, however that ends.
     SQLite, which locks its files on all systems alike, is used for nothing but that.
@@ -1019,21 +1022,22 @@ def one_run_in(args):
 
 # ---- Where it runs -------------------------------------------------------------------------------
 # The recipe's batch is the total over all processes and parts; how it is divided is this machine's
-# business. A sample's random numbers hang on its place in the whole batch, never on who draws them.
-# (Often the batch is given per GPU, and who trains on four GPUs instead of two must then change
-# rate and length, too, or compares two different trainings.)
+# business. A sample's random numbers depend on its place in the whole batch, never on who draws
+# them. (Often the batch is given per GPU. Then four GPUs instead of two double it, and rate and
+# length must change, too; or two different trainings are compared.)
+
 
 class Machine:
-    """Where a run computes: the device, this process's rank among `world`, and how fast a way it
-    takes. None of it changes what is computed, but for rounding.
+    """Where and how a run computes: the device, this process's rank among `world`, the precision,
+    the parts of a batch. None of it changes what is computed, but for rounding.
 
-    torchrun starts `world` processes, one a GPU, `beside` of them on this machine, and tells each
-    its rank by environment variables. Every process holds the whole model, takes its share of each
-    batch, and DDP averages their gradients, so that all make the same step.
+    torchrun starts `world` processes, one a GPU, `local_world` of them on this machine, and tells
+    each its rank by environment variables. Every process holds the whole model, takes its share
+    of each batch, and DDP averages their gradients, so that all make the same step.
     """
 
     def __init__(self, args):
-        self.world, self.rank, self.beside, number = (
+        self.world, self.rank, self.local_world, local_rank = (
             int(os.environ.get(name, default)) for name, default in
             (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.device, self.parts, self.args = torch.device(args.device), args.accumulate, args
@@ -1043,10 +1047,10 @@ class Machine:
             raise ValueError(f"a batch of {batch} can't be split among {ways}; choose numbers "
                              "that divide it")
         if args.device == "cuda":
-            if number >= torch.cuda.device_count():
+            if local_rank >= torch.cuda.device_count():
                 raise ValueError(f"--device cuda: torch finds {torch.cuda.device_count()} GPUs, "
-                                 f"and {self.beside} are needed")
-            self.device = torch.device("cuda", number)          # under torchrun, a GPU a process
+                                 f"and {self.local_world} are needed")
+            self.device = torch.device("cuda", local_rank)      # under torchrun, a GPU a process
             torch.cuda.set_device(self.device)                  # its own alone
         # In bf16, torch decides operation by operation, by its own lists, what keeps float32. bf16
         # has float32's range of exponents: small gradients do not vanish, so the loss needs no
@@ -1054,7 +1058,7 @@ class Machine:
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16,
                                 enabled=args.precision == "bf16")
         if self.world > 1:
-            # When a process ends, torchrun ends the others. So a long wait need not be a failure:
+            # When a process fails, torchrun ends the others. So a long wait need not be a failure:
             # the first one may be decoding DF2K.
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1),
@@ -1082,8 +1086,8 @@ class Machine:
         return torch.compile(model) if self.args.compile else model
 
     def sums(self, x):
-        """The numbers of a tensor (n,), each added up over all processes: [number, ...]. Who asks
-        waits for the other processes and for the GPU."""
+        """The numbers of a tensor (n,), each added up over all processes: [number, ...]. To ask is
+        to wait for the other processes and for the GPU."""
         if self.world > 1:
             dist.all_reduce(x)
         return x.tolist()                          # waits for the GPU
@@ -1151,7 +1155,7 @@ def validate(run, pairs, machine, log):
                 scores.update(mean_psnr(run.model, {task: examples}, machine.device))
             log.say(f" {task} {figure(scores[task])}", end="")
         log.say("")
-        log.write(stage=run.stage + 1, iteration=run.iteration, psnr=scores)
+        log.write(stage=run.stage + 1, iteration=run.iteration, scores=scores)
     machine.wait_for_all()
     log.idle += time.monotonic() - started
     return scores
@@ -1166,8 +1170,9 @@ def refuse_what_is_not_finite(run, losses, norm):
 
 
 class Log:
-    """Progress on the screen and in log.jsonl, one JSON object a line; one process of many speaks.
-    A new run begins a new log, a resumed one goes on in its own.
+    """Progress on the screen and in log.jsonl, one JSON object a line; after a kill a line may be
+    torn or empty. One process of many speaks. A new run begins a new log, a resumed one goes on in
+    its own.
 
     Between two reports the losses of every task are collected, so that each report has means over
     all images of a task since the one before, not the last batch's.
@@ -1188,8 +1193,8 @@ class Log:
         # The signals ask: the loop ends its iteration, saves and says how to go on. A handler may
         # run between any two instructions, so it does no more than note that it was called.
         self.stop, self.handlers = None, {}
-        # Python lets the main thread alone have handlers; who trains in another one, behind a web
-        # page's button, has no signals to mind. And a hangup that nohup ignores stays ignored.
+        # Python lets the main thread alone have handlers; a run in another one, as behind a web
+        # page's button, does without. And a hangup that nohup ignores stays ignored.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -1265,7 +1270,7 @@ def show_table(run, log):
     text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
     draw_or_say_why(log, Path.write_text, run.out / "table.md", text + "\n", "utf-8")
     log.say(text)
-    # The rows of stages come last; each has trained these columns.
+    # The rows of stages come last; framed are the cells of the tasks that a stage has trained.
     first = len(rows) - run.stage
     framed = {(first + k, tasks.index(task)) for k, stage in enumerate(run.schedule[:run.stage])
               for task in stage.tasks}
@@ -1290,7 +1295,7 @@ def rates_and_begins(run):
 
 
 def draw_or_say_why(log, picture, path, *what):
-    """A picture, for once it is all the same which: no fault in drawing it may end a training."""
+    """Calls picture(path, *what), which writes a file. No fault in it may end a training."""
     try:
         picture(path, *what)
     except Exception as error:                             # a full disk, a Pillow without fonts ...
@@ -1299,7 +1304,7 @@ def draw_or_say_why(log, picture, path, *what):
 
 def announce(run, source, machine, say):
     """After the plan: where, on what, and what fine-tuning does to tasks that it leaves out."""
-    # The threads, since the order of sums, and so the bits, hang on them.
+    # The threads are named since they decide in which order sums are taken, and so the bits.
     say(f"on {machine.device}, {machine.world} process(es) of {torch.get_num_threads()} threads, "
         f"{run.args.precision}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"crops from {sum(len(images) for images in source.values())} images")
@@ -1332,7 +1337,7 @@ def finish(run, pairs, log, device):
         log.say("(The table is of the built-in images, held out; not of yours.)")
     log.say(f"done in {clock(time.monotonic() - log.start)}, {log.images_per_second(run):.1f} "
             f"images/s; {run.out} holds last.pt, log and pictures")
-    script = "eval.py" if len(TASKS) == 7 else sys.argv[0]     # that, which added a task, runs both
+    script = "eval.py" if len(TASKS) == 7 else sys.argv[0]     # the script that adds an eighth
     log.say(f"next: python {script} {shlex.quote(f'{run.out}/last.pt')}")
 
 
@@ -1388,8 +1393,9 @@ def main(argv=None):
     `record` also puts it into torchrun's report of which process failed first."""
     args = parse(argv)
     tune_cpu()
+    work = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
     with ends_in_one_line("train.py"), errors_explained():
-        record(train)(args)
+        work(args)
 
 
 if __name__ == "__main__":

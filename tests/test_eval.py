@@ -146,14 +146,6 @@ def test_cells_without_a_number_are_grey_and_names_that_no_font_knows_pass(tmp_p
     assert evaluation.markdown(["a", "b"], [["x", None]]).splitlines()[-1] == "| x | - |"
 
 
-def test_pictures_are_drawn_by_a_pillow_without_freetype(tmp_path):
-    code = ("import sys; sys.modules['PIL._imagingft'] = None; sys.path.insert(0, sys.argv[1]); import eval as e; "
-            "e.curves_picture('c.png', 'Größe ☂', 'none', [(1, 1.0), (9, 0.5)], {'s': 0}); e.matrix_picture('m.png', 't', ['a'], [('i', [1.0])])")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (np.asarray(Image.open(tmp_path / "m.png").convert("L"))[:66] < 90).sum() > 20              # there is text above the cells
-
-
 def test_scores_are_of_fp32_unless_asked_otherwise():
     flags = {}
     for precision in ("tf32", "tf32conv", "bf16", "fp32"):
@@ -271,3 +263,10 @@ def test_the_19_sets_lie_where_the_published_archive_has_them():
     assert sets["sr_outbig"] == ("Out-Dis", "sr", "single_outbig/sr_outbig", "original/GT")
     assert sets["DIV2K_valid_LR_mild"] == ("Unknown", None, "unknow/LQ_LR/DIV2K_valid_LR_mild", "unknow/DIV2K_valid_HR_toLR")
     assert sets["Toled_val"] == ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ")
+
+
+def test_a_stage_is_learned_from_its_first_iteration_on():
+    def learned(stage, iteration):
+        return evaluation.learned({"facts": {"order": [["rain"], ["rain", "jpeg"]]}, "stage": stage, "iteration": iteration})
+    assert learned(0, 5) == learned(1, 0) == {"rain"} and learned(1, 1) == learned(2, 0) == {"rain", "jpeg"}
+    assert evaluation.learned({}) == set(TASKS)
