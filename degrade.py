@@ -327,6 +327,8 @@ def correlate(x, kernel):
 
     x: (N,1,h,w); kernel: (N,1,42,42), one for each image. Returns (N,1,h-41,w-41). By Fourier
     transforms, where a correlation is a product: directly it would take 42 x 42 products a pixel.
+    (Streak by streak it would be faster on a CPU, since few pixels are drops; but a GPU would have
+    to be asked how many, and all that is queued for it would have to wait for the answer.)
     """
     h, w = x.shape[2:]
     # A transform takes what it is given as periodic. What comes round the edge in this way falls
@@ -699,9 +701,13 @@ def to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def read_image(path):
-    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does."""
-    return to_rgb(open_image(path)[0])
+def read_image(path, say=None):
+    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does, whose notes are
+    told to `say`."""
+    image, notes = open_image(path)
+    if notes and say:
+        say(f"{path}: {', '.join(notes)}")
+    return to_rgb(image)
 
 
 def to_tensor(image):
@@ -869,7 +875,7 @@ def find_depths(folders, depth_folder, say=progress):
 
 def read_photo(path, depth_path=None):
     """(image (H,W,3) uint8, depth (h,w) float32 or None). Raises ValueError as its parts do."""
-    return read_image(path), None if depth_path is None else read_depth(depth_path)
+    return read_image(path, progress), None if depth_path is None else read_depth(depth_path)
 
 
 # ---- Many files at a time ------------------------------------------------------------------------
@@ -1007,7 +1013,7 @@ class ImageCache:
     """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
 
     What is there already is used, so that building goes on where it was interrupted. Images that
-    cannot be read or are smaller than `minimum` are skipped, which is said.
+    cannot be read or are smaller than `minimum` are skipped and named.
     """
 
     def __init__(self, folder, items, minimum, say=progress):
@@ -1088,20 +1094,20 @@ class ImageCache:
 
 def _write_truth(path, target):
     """Writes an image as it is: what the restored ones are compared with."""
-    write_image(target, read_image(path))
+    write_image(target, read_image(path, progress))
 
 
 def _write_version(path, depth_path, out, name, split, task, seed):
     """Writes one degraded version of an image. Returns its row of params.csv."""
-    image, depth = read_photo(path, depth_path if task == "haze" else None)
-    x = to_tensor(image)                                                          # (1,3,H,W)
+    x, depth = to_tensor(read_image(path)), None                                  # (1,3,H,W)
     # Each file has a generator of its own: its numbers do not depend on other files.
     g = seeded(seed, split, task, name)
     drawn = draw(task, x.shape[2:], split, g)
     if task == "sr":
         y = bicubic_x4(x, stored=True)
     else:
-        depth = None if depth is None else torch.from_numpy(depth)[None, None]    # (1,1,h,w)
+        if task == "haze" and depth_path is not None:
+            depth = torch.from_numpy(read_depth(depth_path))[None, None]          # (1,1,h,w)
         y = apply(x, task, drawn, depth, generator=g)
     folder = f"single_indis/{task}" if split == "in" else f"single_outbig/{task}_outbig"
     write_image(out / folder / f"{name}.png", to_image(y))
