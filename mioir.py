@@ -931,6 +931,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None, classifie
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
     # A network's own output may leave [0,1] a little; 0 .. 255 is far outside. NaN fails, too.
+    # (Here `restore` waits for the GPU, once a picture; a forward pass never does.)
     if not x.is_floating_point() or not (x.is_meta or x.abs().max() <= 2):
         raise ValueError(f"restore takes floats in [0,1], not {x.dtype} up to {x.max():g}; "
                          "divide by 255")
@@ -1125,7 +1126,7 @@ def classify(classifier, x, damaged=False):
     if damaged:
         logits = logits[:len(TASKS)]                       # "none" comes last
     sure, row = logits.softmax(0).max(0)
-    return classifier.answers[row.item()], sure.item()
+    return classifier.answers[row.item()], sure.item()     # waits for the GPU
 
 
 def choose_task(classifier, x):
