@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -333,6 +334,18 @@ def test_prompts_that_are_none_are_refused_in_one_line(tmp_path, kind):
     (tmp_path / "p.npy").write_bytes(BAD_PROMPTS[kind])
     with pytest.raises(ValueError, match="--prompts .*p.npy: (not a .npy|takes finite)"):
         evaluation.read_prompts(tmp_path / "p.npy")
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("the file ran code",)
+
+
+def test_prompts_that_are_a_pickle_run_nothing(tmp_path, capsys):
+    (tmp_path / "p.npy").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match="not a .npy"):
+        evaluation.read_prompts(tmp_path / "p.npy")
+    assert "ran code" not in capsys.readouterr().out
 
 
 def test_damaged_prompts_are_read_or_refused_and_nothing_else(tmp_path):
@@ -816,7 +829,7 @@ def test_pairs_are_matched_by_path_and_name(tmp_path, lq, gt, expected):
 
 
 @pytest.mark.parametrize("lq, gt, words", [
-    ("12", "1", ["1 of 1", "12.png"]), ("x y z", "a b c", ["3 of 3", "x.png", "y.png", "z.png"]),
+    ("12", "1", ["1 of 1", "12.png"]), ("a x", "a b", ["1 of 2", "x.png"]), ("x y z", "a b c", ["3 of 3", "x.png", "y.png", "z.png"]),
     ("noisy_1 noisy_2", "clean_1 clean_2", ["noisy_1.png"]), ("1 2 3 4 5", "9", ["5 of 5", "3.png", "rename or remove"]),
     ("1", "day/1 night/1", ["give each GT its LQ's path"])])
 def test_pairs_that_do_not_match_are_named_and_refused(tmp_path, lq, gt, words):
@@ -909,8 +922,8 @@ def test_a_folder_that_is_stopped_ends_in_one_line(files, tmp_path, number):
 
 def test_a_closed_pipe_ends_quietly_and_calls_nothing_failed(files, tmp_path):
     (tmp_path / "in").mkdir()
-    for k in range(9):
-        Image.fromarray(PIXELS).save(tmp_path / "in" / f"{k}.png")
+    for k in range(60):                                    # more than are done before this process closes its end
+        Image.fromarray(np.tile(PIXELS, (5, 5, 1))).save(tmp_path / "in" / f"{k}.png")
     command = [sys.executable, ROOT / "eval.py", files / "ep.pt", "--input", "in", "--output", "out", "--task", "noise"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
