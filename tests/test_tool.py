@@ -479,7 +479,10 @@ def test_clean_pairs_are_originals_jpegs_and_smaller_copies(monkeypatch):
 def test_a_classifier_with_eight_answers_shows_eight_rows_and_their_mean(tmp_path, capsys, monkeypatch):
     images = evaluation.builtin_images(2, 64)
     monkeypatch.setattr(evaluation, "builtin_images", lambda: images)
+    asked, real = [], evaluation.confusion
+    monkeypatch.setattr(evaluation, "confusion", lambda classifier, pairs: asked.append(pairs) or real(classifier, pairs))
     run(answering(tmp_path, "none"))
+    assert torch.equal(asked[0]["none"][0][0], degrade.quantize(images[0][0])) and not torch.equal(*asked[0]["noise"][0])
     said = capsys.readouterr().out
     assert "accuracy 12.5 %" in said and "accuracy 14.3 %" in said  # one of eight; Out-Dis lacks sr
     row = next(line for line in said.splitlines() if line.startswith("| none"))
@@ -594,6 +597,9 @@ def test_a_task_that_a_model_cannot_read_or_has_not_learned_is_said(files, tmp_p
     assert "warning" not in capsys.readouterr().out
     run(tmp_path / "half.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "c.png", "--task", "noise,sr")
     assert "warning: this model has not learned sr" in capsys.readouterr().out
+    for name, warned in (("sr", True), ("rain", False)):
+        run(tmp_path / "half.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "d.png", "--overwrite", "--classifier", answering(tmp_path, name))
+        assert ("warning: this model has not learned it" in capsys.readouterr().out) == warned
     images = evaluation.builtin_images(1, 64)
     monkeypatch.setattr(evaluation, "builtin_images", lambda: images)
     run(tmp_path / "half.pt")
@@ -668,7 +674,8 @@ def written(tmp_path_factory):
     return folder
 
 
-def test_the_test_set_table(files, written, capsys):
+def test_the_test_set_table(files, written, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "CLASSIFIER", "no classifier is asked where the truth is told")
     run(files / "ep.pt", "--testsets", written / "sets", "--oracle", "--output", written / "report.json")
     said = capsys.readouterr()
     assert "Toled_val" in said.err and "In-Dis average" in said.out and "Out-Dis average" in said.out
