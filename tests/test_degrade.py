@@ -157,6 +157,7 @@ def test_data_are_the_same_whatever_the_network_computes_in_and_nothing_waits(ta
     try:
         with torch.device("meta"):                                      # a caller's default device
             drawn = d.draw(task, (48, 64), n=2, generator=d.seeded(3))
+            assert d.dead_leaves(48, 40, d.seeded(4))[0].dtype == d.depth_prior(9, 9, d.seeded(4)).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16), Watch():
@@ -686,11 +687,13 @@ def test_torn_files_are_named_and_the_exit_code_tells(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     good = save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8)).read_bytes()
     (tmp_path / "in" / "b.png").write_bytes(good[:50])
+    many_pages(tmp_path / "in" / "c.tif", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(SystemExit) as stopped:
         d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "sets")])
     said = capsys.readouterr()
     assert stopped.value.code == 1 and said.err.count("b.png: not a readable image") == 1 and "Traceback" not in said.err
-    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7
+    assert said.err.count("c.tif: the first of its frames") == 1
+    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7 + ["c.png"] * 7
 
 
 def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):
