@@ -100,16 +100,16 @@ def test_a_classifiers_table_counts_what_it_names(tmp_path, capsys, monkeypatch)
 
 
 def test_published_checkpoints_work_with_no_flag_but_their_prompts(tmp_path, picture):
-    """The picture is that of the published weights with the published image of "rain", and of no other."""
+    """The picture is that of the published weights with the published image of "haze", and of no other."""
     torch.save({"params": published_state("srresnet-ep")}, tmp_path / "SRResNet_S_EP.pth")
     np.save(tmp_path / "type7.npy", published_prompts())
     run(tmp_path / "SRResNet_S_EP.pth", "--prompts", tmp_path / "type7.npy", "--input", picture,
-        "--output", tmp_path / "r.png", "--task", "rain")
+        "--output", tmp_path / "r.png", "--task", "haze")
     model, x = mioir.build_model("srresnet", "ep"), degrade.to_tensor(degrade.read_image(picture))
     mioir.load_official(model, published_state("srresnet-ep"), published_prompts())
     with torch.no_grad():
-        rain, haze = (degrade.to_image(model.eval()(x, torch.tensor([TASKS.index(task)]))) for task in ("rain", "haze"))
-    assert np.array_equal(degrade.read_image(tmp_path / "r.png"), rain) and not np.array_equal(rain, haze)
+        haze, rain = (degrade.to_image(model.eval()(x, torch.tensor([TASKS.index(task)]))) for task in ("haze", "rain"))
+    assert np.array_equal(degrade.read_image(tmp_path / "r.png"), haze) and not np.array_equal(rain, haze)
 
 
 def test_the_matrix_picture_paints_gains_green_and_losses_red(tmp_path):
