@@ -54,9 +54,9 @@ from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
 from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, ends_in_one_line,
-                     find_depths, gaussian_taps, list_images, nfc, open_image, progress, read_image,
-                     read_photo, require_folder, seeded, short_name, time_left, to_image, to_rgb,
-                     to_tensor, whole_file)
+                     find_depths, gaussian_taps, list_images, nfc, open_image, progress, read_photo,
+                     require_folder, seeded, short_name, time_left, to_image, to_rgb, to_tensor,
+                     whole_file)
 from mioir import (ANSWERS, DOUBT, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
                    classify, load_model, parse_task, restore)
 
@@ -412,7 +412,10 @@ def partners(stem, gts):
 def read_pairs(pairs):
     """Reads [(LQ file, GT file), ...] one by one, as pairs (lq, gt) of one size."""
     for lq_path, gt_path in pairs:
-        lq, gt = to_tensor(read_image(lq_path)), to_tensor(read_image(gt_path))    # (1,3,H,W)
+        (lq, noted), (gt, noted_too) = open_image(lq_path), open_image(gt_path)
+        if noted or noted_too:                             # as of a file of several pages
+            progress(f"{lq_path} or {gt_path}: {', '.join(noted or noted_too)}")
+        lq, gt = to_tensor(to_rgb(lq)), to_tensor(to_rgb(gt))                      # (1,3,H,W)
         # An LQ may lack its GT's last rows or columns, where H or W is no multiple of the scale.
         if np.abs(np.subtract(lq.shape, gt.shape)).max() > 8:
             raise ValueError(f"{lq_path} and {gt_path} are not of one size: not a pair, unless the "
@@ -1075,17 +1078,14 @@ def curves_panel(pen, top, bottom, curves, end, ticks, begins):
     def place(x, y):                                         # in pictures y grows downwards
         return np.interp(x, (0, end), (_LEFT, _RIGHT)), np.interp(y, (low, high), (bottom, top))
     for text, y in ticks.items():
-        _, row = place(0, y)
-        pen.line((_LEFT, row, _RIGHT, row), "#dddddd")
-        write(pen, (_LEFT - 8, row), text, 14, "rm")
+        pen.line((place(0, y), place(end, y)), "#dddddd")
+        write(pen, (_LEFT - 8, place(0, y)[1]), text, 14, "rm")
     for x in range(0, end + 1, max(end // 5, 1)):            # there is no half iteration
-        column, _ = place(x, low)
-        pen.line((column, top, column, bottom), "#dddddd")
-        write(pen, (column, bottom + 13), f"{x:,}", 14, "mm")
+        pen.line((place(x, low), place(x, high)), "#dddddd")
+        write(pen, (place(x, low)[0], bottom + 13), f"{x:,}", 14, "mm")
     for text, x in begins.items():
-        column, _ = place(x, low)
-        pen.line((column, top, column, bottom), "#888888")
-        write(pen, (column + 3, top - 15), text, 12)
+        pen.line((place(x, low), place(x, high)), "#888888")
+        write(pen, (place(x, low)[0] + 3, top - 15), text, 12)
     for k, (name, points) in enumerate(curves.items()):
         colour = _COLOURS[k % len(_COLOURS)]
         pen.line([place(x, y) for x, y in points], colour, 2)
@@ -1178,18 +1178,6 @@ def save_sheet(sheet, path):
         sheet.save(file, format=FORMATS[Path(path).suffix.lower()])
 
 
-def checkpoint_file(path):
-    """CKPT as a path. Raises ValueError for a picture's name alone, with the command that was
-    meant; and where nothing is there, with the runs that are."""
-    path = Path(path)
-    if path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{path} is a picture, not a checkpoint; to restore it: --input {path}")
-    if not path.exists():
-        runs = ", ".join(str(run.parent) for run in sorted(Path("runs").glob("*/last.pt")))
-        raise ValueError(f"{path}: No such file; runs there are: {runs or 'none yet'}")
-    return path
-
-
 def export(args, model, info, device):
     """The weights alone, in half precision: an eighth of train.py's file; loads as that does.
 
@@ -1272,6 +1260,12 @@ def check_flags(parser, argv, args):
 def check_paths(args):
     """Raises ValueError for a file or folder that is not there, and for a result that can't be
     written, before the model is loaded."""
+    checkpoint = Path(args.checkpoint)
+    if checkpoint.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{checkpoint} is a picture, not a checkpoint; give it as --input")
+    if not checkpoint.exists():
+        runs = ", ".join(str(run.parent) for run in sorted(Path("runs").glob("*/last.pt")))
+        raise ValueError(f"{checkpoint}: No such file; runs there are: {runs or 'none yet'}")
     for folder in (args.images, args.depth, args.testsets, *(args.pairs or ())):
         if folder is not None:
             require_folder(folder)
@@ -1333,7 +1327,6 @@ def arguments(argv):
 def run(args):
     """Does what the flags ask for. Raises ValueError or OSError with one line on what is wrong."""
     Image.MAX_IMAGE_PIXELS = args.max_pixels or Image.MAX_IMAGE_PIXELS
-    args.checkpoint = checkpoint_file(args.checkpoint)
     check_paths(args)
     set_precision("fp32")                                    # so that scores are the same anywhere
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

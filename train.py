@@ -42,6 +42,7 @@ import copy
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -60,8 +61,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from degrade import (ImageCache, OneLineParser, apply, clock, draw, item_name, jpeg, leaf_items,
-                     photo_items, read_image, require_folder, seeded, whole_file)
+from degrade import (ImageCache, OneLineParser, apply, clock, draw, ends_in_one_line, item_name,
+                     jpeg, leaf_items, photo_items, read_image, require_folder, seeded,
+                     usable_cores, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture, figure,
                   input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
                   plain_mean, read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
@@ -654,13 +656,13 @@ def batches(run, source, machine):
     that names a file gone bad."""
     on_gpu, workers = machine.device.type == "cuda", run.args.workers
     if workers is None:                            # up to 8, where there are cores for them
-        workers = min(8, cores() // machine.beside) if on_gpu else 0
+        workers = min(8, usable_cores() // machine.beside) if on_gpu else 0
     # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
     ahead = range(run.iteration, run.schedule[run.stage].iterations)
     # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
     loader = iter(torch.utils.data.DataLoader(
         Stream(run, source, machine), batch_size=None, sampler=ahead, num_workers=workers,
-        pin_memory=on_gpu, collate_fn=list, worker_init_fn=leave_signals))
+        pin_memory=on_gpu, collate_fn=list, worker_init_fn=obey_the_parent))
     for t in ahead:
         try:
             parts = next(loader)
@@ -677,18 +679,17 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
            if hasattr(signal, name)]
 
 
-def leave_signals(worker):
-    """In a loader process: a terminal or a job's end sends its signal to all processes alike, but
-    it is the parent's to stop. A worker ends with its parent: torch's loader sees to that."""
+def obey_the_parent(worker):
+    """In a loader process. A terminal or a job's end sends its signal to all processes alike, but
+    it is the parent's to stop. Where the parent is killed, nobody takes what the worker hands over
+    any more; it would wait for ever."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
-
-def cores():
-    """Of the processor, that this process may use: a job is often given some of many."""
-    if hasattr(os, "sched_getaffinity"):           # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # ---- Pairs of one's own --------------------------------------------------------------------------
@@ -894,7 +895,14 @@ class Run:
         """Weights, moments and position of a checkpoint of this very run."""
         self.model.load_state_dict(saved["raw"])
         self.ema.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if any({moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {p.shape}
+                   for p, moments in self.optimizer.state.items()):
+                raise ValueError
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"--resume: {self.out / 'last.pt'}: the optimiser's numbers do not "
+                             "fit the weights") from None
         self.stage, self.iteration = saved["stage"], saved["iteration"]
         self.table = [tuple(row) for row in saved["table"]]
 
@@ -922,7 +930,8 @@ class Run:
                 with whole_file(self.out / name) as file:
                     torch.save(state, file)
             except (OSError, RuntimeError) as error:       # torch says RuntimeError of a full disk
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                cause = error.__context__ or error
+                reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
                 raise self.failed(f"{self.out / name}: not saved ({reason})") from None
 
     def failed(self, what):
@@ -947,8 +956,8 @@ def facts_of(args, schedule, data):
 
 
 def stage_files(out):
-    """The files that stages have left, the newest one last."""
-    return sorted(out.glob("stage*.pt"), key=lambda path: path.stat().st_mtime)
+    """The files that stages have left, the last stage's last."""
+    return sorted(out.glob("stage*.pt"), key=lambda path: (len(path.name), path.name))
 
 
 def newest_state(out, facts):
@@ -1196,12 +1205,13 @@ class Log:
     """
 
     def __init__(self, run):
-        self.speaks, path = run.leads, run.out / "log.jsonl"
-        # Line-buffered, so a killed run's log is whole but for its last line.
-        self.file = open(path if run.leads else os.devnull, "a" if run.args.resume else "w",
-                         buffering=1, encoding="utf-8")
-        if self.file.tell():                       # which would swallow the next
-            self.file.write("\n")
+        self.speaks = run.leads
+        path = run.out / "log.jsonl" if run.leads else Path(os.devnull)
+        kept = path.read_bytes() if run.args.resume and path.exists() else b""
+        # Line-buffered, so a killed run's log is whole; only a power cut can tear its last line,
+        # which must not swallow the next.
+        self.file = open(path, "a" if kept else "w", buffering=1, encoding="utf-8")
+        self.file.write("\n" if kept and not kept.endswith(b"\n") else "")
         self.losses = {task: [] for task in ANSWERS}
         self.iterations = 0                        # of this session: a resumed run counts anew
         # Seconds: when it began, and how long validations took.
@@ -1227,9 +1237,10 @@ class Log:
         self.file.close()
 
     def say(self, text, end="\n"):
-        """A line on the screen."""
+        """A line on the screen; where that has gone, nobody hears it, and the run goes on."""
         if self.speaks:
-            print(text, end=end, flush=True)
+            with contextlib.suppress(OSError, ValueError):
+                print(text, end=end, flush=True)
 
     def write(self, **fields):
         """A line in log.jsonl."""
@@ -1292,14 +1303,21 @@ def show_table(run, log):
     name = name_of(run.args)
     title = f"{name}: {unit} after each stage (framed: trained in it)"
     draw_or_say_why(log, matrix_picture, run.out / "table.png", title, columns, rows, framed)
-    begins, rates, done = {}, [], 0
+    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl",
+                    *rates_and_begins(run))
+
+
+def rates_and_begins(run):
+    """[(iteration, counted over all stages, its learning rate), ...], some 200 points a stage; and
+    {name of a stage: the iterations before it}."""
+    rates, begins, done = [], {}, 0
     for k, stage in enumerate(run.schedule, 1):
         begins[f"stage {k}"] = done
-        rates += [(done + t, lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"]))
-                  for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1))]
+        for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1)):
+            lr = lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"])
+            rates.append((done + t, lr))
         done += stage.iterations
-    draw_or_say_why(log, curves_picture, run.out / "curves.png", name, run.out / "log.jsonl", rates,
-                    begins)
+    return rates, begins
 
 
 def draw_or_say_why(log, picture, path, *what):
@@ -1395,22 +1413,18 @@ def main(argv=None):
     `record` also puts it into torchrun's report of which process failed first."""
     args = parse(argv)
     tune_cpu()
-    under_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ
-    try:
-        (record(train) if under_torchrun else train)(args)
-    except KeyboardInterrupt:                      # later ones are Log's
-        print("train.py: stopped before the first iteration", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if lacks_memory(error):                    # torch says RuntimeError of memory, too
-            sys.exit(f"train.py: not enough memory ({reason}); try --accumulate 2, 4 ..., "
-                     "--checkpointing, --batch or --crop")
-        if isinstance(error, dist.DistError) or "by peer" in str(error):
-            sys.exit("train.py: another process has ended, and said why")
-        raise                                      # a fault of ours, of which the traceback helps
+    work = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
+    with ends_in_one_line("train.py"):
+        try:
+            work(args)
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if lacks_memory(error):                # torch says RuntimeError of memory, too
+                raise ValueError(f"not enough memory ({reason}); try --accumulate 2, 4 ..., "
+                                 "--checkpointing, --batch or --crop") from None
+            if isinstance(error, dist.DistError) or "by peer" in str(error):
+                raise ValueError("another process has ended, and said why") from None
+            raise                                  # a fault of ours, of which the traceback helps
 
 
 if __name__ == "__main__":

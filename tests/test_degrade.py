@@ -133,6 +133,8 @@ def test_the_prior_is_far_at_the_top_and_drawn_for_each_image():
     x = torch.zeros(2, 3, 40, 60)
     one, two = d.apply(x, "haze", {"airlight": torch.ones(2), "beta": torch.ones(2)}, generator=d.seeded(0))
     assert not torch.equal(one, two)
+    drawn = d.draw("haze", (40, 60), "out", d.seeded(1), 2)
+    assert torch.equal(d.degrade(x, "haze", "out", prior[:2] * 9, d.seeded(1)), d.add_haze(x, prior[:2], **drawn))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -226,10 +228,12 @@ def test_broken_and_small_files_are_named_and_skipped(tmp_path):
     (photos / "torn.png").write_bytes(good[:len(good) // 2])
     (photos / "text.jpg").write_text("not a picture")
     said, cores = [], torch.get_num_threads()
+    torch.set_num_threads(cores + 1)
     cache = d.ImageCache(tmp_path / "cache", d.photo_items([photos]), 64, said.append)
     assert len(cache) == 1 and cache.size(0) == (80, 90)
     assert [Path(line.split(":")[0]).name for line in said if "skipped" in line] == ["text.jpg", "torn.png", "small.png"]
-    assert "preparing images: 4 of 4, 0 s left" in said and torch.get_num_threads() == cores
+    assert "preparing images: 4 of 4, 0 s left" in said and torch.get_num_threads() == cores + 1
+    torch.set_num_threads(cores)
     (photos / "deeper" / "good.png").unlink()
     with pytest.raises(ValueError, match="no usable image"):
         d.ImageCache(tmp_path / "cache", d.photo_items([photos]), 64, said.append)
@@ -256,20 +260,24 @@ def test_the_cache_gives_the_files_pixels_and_notices_a_changed_file(photos):
     assert crop.dtype == np.uint8 and np.array_equal(crop.transpose(1, 2, 0), rgb[10:58, 20:68])
     save(folder / "photos" / "a.png", 255 - rgb)
     assert np.array_equal(cache_of(folder).crop(0, 10, 20, 48), 255 - crop)
-    np.save(folder / "maps" / "a.npy", np.full((2, 2), 7.0))
+    np.save(folder / "maps" / "a.npy", np.array([[3.5, 7], [3.5, 7]]))
     depth = cache_of(folder).depth_crop(0, 0, 0, 32, None)
-    assert depth.shape == (1, 32, 32) and depth.dtype == np.float32 and np.allclose(depth, 1)      # 7 is the farthest there is
+    assert depth.shape == (1, 32, 32) and depth.dtype == np.float32 and np.allclose(depth[:, :, :22], 0.5)     # 7 is the farthest
 
 
 def test_a_cache_is_not_made_anew_because_its_data_moved(photos):
     folder, _ = photos
-    cache_of(folder)
+    first = cache_of(folder)
     before = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
     shutil.copytree(folder / "photos", folder / "job" / "photos")      # as each job does that copies data to its disk
     shutil.copytree(folder / "maps", folder / "job" / "maps", copy_function=shutil.copyfile)
     (folder / "cache").rename(folder / "job" / "cache")
     said = []
-    cache_of(folder / "job", said.append)
+    again = cache_of(folder / "job", said.append)
+    assert again.identity == first.identity == "1 images, fingerprint " + again.identity.split()[-1]
+    (folder / "maps" / "a.npy").rename(folder / "maps" / "b.npy")
+    (folder / "photos" / "a.png").rename(folder / "photos" / "b.png")
+    assert cache_of(folder, cache="other").identity != first.identity
     assert {folder / "cache" / path.name: path.stat().st_mtime_ns for path in (folder / "job" / "cache").iterdir()} == before and not said
 
 
@@ -307,7 +315,7 @@ def test_depth_maps_are_checked(photos):
     png = save(folder / "c.png", np.zeros((4, 4, 3), np.uint8))
     Image.fromarray(np.full((4, 4), 3, np.uint8)).convert("P").save(folder / "p.png")
     for name, array in (("object", np.array([None])), ("complex", np.ones((2, 2), complex)), ("nan", np.full((2, 2), np.nan)),
-                        ("below", np.full((2, 2), -1.0)), ("zero", np.zeros((2, 2))), ("empty", np.zeros((0, 2))), ("cube", np.ones((2, 2, 2)))):
+                        ("below", np.eye(2) - 0.1), ("zero", np.zeros((2, 2))), ("empty", np.zeros((0, 2))), ("cube", np.ones((2, 2, 2)))):
         np.save(folder / f"{name}.npy", array)
     for path in (png, folder / "p.png", *folder.glob("*.npy")):
         with pytest.raises(ValueError, match=f"^{path}: not a readable depth map [^\n]*$"):
@@ -382,10 +390,16 @@ def test_every_format_is_read_and_what_is_clear_stays_clear(tmp_path, kind):
     image, notes = d.open_image(tmp_path / name)
     if first is not None:
         assert np.abs(d.to_rgb(image)[:, :, 0] - first).max() <= 2
-    assert ("A" in image.getbands()) == (alpha is not None) and notes == []
+    assert ("A" in image.getbands()) == (alpha is not None) and notes == [] and 0x0112 not in image.getexif()
     if alpha is not None:
         found = np.asarray(image.getchannel("A"))
         assert 0 < (found == 0).sum() < 600 if isinstance(alpha, str) else np.array_equal(found, alpha)
+
+
+def test_pictures_and_tensors_are_the_same_numbers():
+    every = np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+    assert np.array_equal(d.to_image(d.to_tensor(every)), every) and d.to_tensor(every).max() == 1
+    assert d.to_image(torch.tensor([-0.1, 0.4 / 255, 0.6 / 255, 1.1])[None, :, None].expand(3, 4, 1))[:, 0, 0].tolist() == [0, 0, 1, 255]
 
 
 @pytest.mark.parametrize("name, array", [("a.png", RAMP.astype(np.uint16)), ("b.tif", RAMP.astype(np.uint16)), ("c.tif", RAMP.astype(np.int32)),
@@ -599,6 +613,13 @@ def test_what_is_said_aside_never_ends_the_work(capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
 
 
+def test_work_is_spread_over_the_cores_that_a_job_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    assert d.usable_cores() == 3
+    assert [d.clock(seconds) for seconds in (89, 150, 3900)] == ["89 s", "2 min", "1 h 05 min"]
+    assert d.time_left(time.monotonic() - 10, 5, 20) == "30 s left"
+
+
 def run_degrade(folder, *flags, code=None, **options):
     """The command in a process of its own; code: a script that calls it instead, with no main guard."""
     root = Path(d.__file__).parent
@@ -626,7 +647,9 @@ def test_stopped_it_ends_at_once_in_one_line_and_leaves_nothing_half_done(pictur
     said = run.communicate(timeout=20)
     assert run.returncode == code and said[0] == "" and said[1].splitlines()[-1] == f"degrade.py: stopped by {name}"
     assert "Traceback" not in said[1] and not list(pictures.rglob(".*")) and not (pictures / "sets" / "params.csv").exists()
-    for path in pictures.glob("sets/**/*.png"):
+    done = list(pictures.glob("sets/**/*.png"))
+    assert len(done) < 300                                              # of 560: no more were begun
+    for path in done:
         Image.open(path).load()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import degrade
 import eval as evaluation
 import mioir
 from degrade import TASKS
@@ -84,7 +85,7 @@ def test_a_photo_is_restored_at_its_size_by_the_real_command(checkpoint, picture
     assert done.returncode == 0 and done.stderr == ""
     assert Image.open(output).size == (90, 67)
     model, _ = mioir.load_model(checkpoint)
-    x = evaluation.to_tensor(evaluation.read_image(picture))
+    x = evaluation.to_tensor(degrade.read_image(picture))
     expected = evaluation.restored(model, x, evaluation.parse_task(task), "cpu")
     assert np.abs(np.asarray(Image.open(output)).astype(int) - expected).max() <= 1
 

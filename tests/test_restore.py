@@ -58,6 +58,14 @@ def test_tiles_of_srresnet_equal_the_whole(prompt):
     assert done == [(k, 5 * 9) for k in range(1, 46)]          # tiles of 96 begin every 16 pixels, the last one at the edge
 
 
+def test_neighbouring_tiles_fade_into_each_other():
+    """Tiles of 60 that share 20 pixels, 4 of which each of the two spoils: what is left has 13 steps."""
+    (first, left), (second, right) = mioir.tile_weights(100, 60, 20, 4, torch.zeros(()))
+    assert (first, second) == (slice(0, 60), slice(40, 100))
+    steps = [k / 13 for k in range(1, 13)]
+    assert right.tolist() == pytest.approx([0.0] * 4 + steps + [1.0] * 44) and torch.allclose(left, right.flip(0))
+
+
 def test_tiles_come_by_themselves_above_a_megapixel_of_what_the_network_sees():
     assert [mioir.auto_tile(small("restormer"), *size) for size in ((1024, 1024), (1024, 1025), (300, 2000))] == [0, 512, 0]
     assert [mioir.auto_tile(small("uformer"), *size) for size in ((1024, 1024), (300, 2000), (20, 1025))] == [0, 512, 512]
