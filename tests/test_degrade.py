@@ -616,7 +616,7 @@ def test_what_is_said_aside_never_ends_the_work(capfd, monkeypatch):
 def test_work_is_spread_over_the_cores_that_a_job_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
     assert d.usable_cores() == 3
-    assert [d.clock(seconds) for seconds in (89, 150, 3900)] == ["89 s", "2 min", "1 h 05 min"]
+    assert [d.clock(seconds) for seconds in (89, 150, 3900)] == ["0:01:29", "0:02:30", "1:05:00"]
     assert d.time_left(time.monotonic() - 10, 5, 20) == "0:00:30 left"
 
 
