@@ -875,7 +875,8 @@ def clock(seconds):
 
 
 def time_left(start, done, total):
-    """"0:00:12 left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
+    """"0:00:12 left", if the rest goes on at the rate since `start`, a time.monotonic().
+    done: 1 or more."""
     return f"{clock((time.monotonic() - start) / done * (total - done))} left"
 
 
@@ -934,12 +935,12 @@ def leaf_items(count, edge, seed):
 
 
 def item_name(stem, *files):
-    """stem-size-fingerprint of what the files hold: so a changed file is read anew, and one that
-    was only moved or copied is not. Their first 64 KB tell enough: a picture that was edited and
-    stored again differs there, or in size. A file that can't be read will be named when it is
-    decoded."""
+    """stem-size-fingerprint of files: so a changed file is read anew, and one that was only moved
+    or copied is not. Their first 64 KB tell enough: a picture that was edited and stored again
+    differs there, or in size. None stands for a depth map that is not given; a file that can't be
+    read will be named when it is decoded."""
     size, start = 0, hashlib.sha256()
-    for path in files:
+    for path in filter(None, files):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start.update(file.read(2 ** 16))
             size += os.fstat(file.fileno()).st_size
@@ -949,12 +950,8 @@ def item_name(stem, *files):
 
 def photo_items(folders, depth_folder=None, say=progress):
     """Items: the photos below the folders, with their depth maps."""
-    items = []
-    for path, depth in find_depths(folders, depth_folder, say).items():
-        files = [path] if depth is None else [path, depth]
-        name = item_name(path.stem, *files)
-        items.append((name, read_photo, (path, depth), depth is not None))
-    return items
+    return [(item_name(path.stem, path, depth), read_photo, (path, depth), depth is not None)
+            for path, depth in find_depths(folders, depth_folder, say).items()]
 
 
 def enlarged_part(depth, size, top, left, edge, corners=False):
@@ -1028,8 +1025,8 @@ class ImageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             return _run_all(jobs, say, "preparing images")[1]
         except OSError as error:                       # numpy's, of a full disk, has no strerror
-            raise ValueError(f"{self.folder}: images can't be stored there ({error.strerror or error})"
-                             "; --cache DIR names another disk's folder") from None
+            raise ValueError(f"{self.folder}: images can't be stored there ({error.strerror or error}"
+                             "); --cache DIR names another disk's folder") from None
 
     def _open(self, name, suffix=".npy"):
         """An array left on the disk, of which what is used is read. The file is closed when the

@@ -853,8 +853,6 @@ def reflect_pad(x, left, right, top, bottom):
         at = torch.arange(-before, size + after, device=x.device) % period
         return torch.minimum(at, period - at)
     h, w = x.shape[2:]
-    if not (left or right or top or bottom):
-        return x                                   # F.pad would copy it
     if max(left, right) < w and max(top, bottom) < h:
         return F.pad(x, (left, right, top, bottom), mode="reflect")             # the same, faster
     return x[:, :, reflected(h, top, bottom)][:, :, :, reflected(w, left, right)]
@@ -1363,12 +1361,11 @@ def fill(slots, state):
     """Copies state into slots, both {name: tensor}. ValueError, and nothing is copied, where a name
     is missing or unexpected or has another shape. (Slots on the meta device are only compared.)"""
     faults = [f"unexpected {name}" for name in state if name not in slots]
-    for name, slot in slots.items():
-        if name not in state:
-            faults.append(f"missing {name}")
-        elif state[name].shape != slot.shape:
-            found, due = tuple(state[name].shape), tuple(slot.shape)
-            faults.append(f"mis-shaped {name}: {found}, not {due}")
+    faults += [f"missing {name}" for name in slots if name not in state]
+    shapes = {name: (tuple(state[name].shape), tuple(slots[name].shape))
+              for name in slots if name in state}
+    faults += [f"mis-shaped {name}: {found}, not {due}"
+               for name, (found, due) in shapes.items() if found != due]
     if faults:                                     # a wrong model has hundreds: nine are shown
         raise ValueError(f"{len(faults)} weights do not fit the model: {'; '.join(faults[:9])}")
     for name, slot in slots.items():
