@@ -1025,7 +1025,7 @@ class ImageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             return _run_all(jobs, say, "preparing images")[1]
         except OSError as error:                       # numpy's, of a full disk, has no strerror
-            raise ValueError(f"{self.folder}: images can't be stored there ({error.strerror or error}"
+            raise ValueError(f"{self.folder}: can't store images there ({error.strerror or error}"
                              "); --cache DIR names another disk's folder") from None
 
     def _open(self, name, suffix=".npy"):
