@@ -328,6 +328,8 @@ def correlate(x, kernel):
 
     x: (N,1,h,w); kernel: (N,1,42,42), one for each image. Returns (N,1,h-41,w-41). By Fourier
     transforms, where a correlation is a product: directly it would take 42 x 42 products a pixel.
+    (Streak by streak it would be faster on a CPU, since few pixels are drops; but a GPU would have
+    to be asked how many, and all that is queued for it would have to wait for the answer.)
     """
     h, w = x.shape[2:]
     # A transform takes what it is given as periodic. What comes round the edge in this way falls
@@ -998,7 +1000,7 @@ class ImageCache:
     """Decoded images in a folder, one .npy file each, of which only the rows of a crop are read.
 
     What is there already is used, so that building goes on where it was interrupted. Images that
-    cannot be read or are smaller than `minimum` are skipped, which is said.
+    cannot be read or are smaller than `minimum` are skipped and named.
     """
 
     def __init__(self, folder, items, minimum, say=progress):

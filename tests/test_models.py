@@ -50,60 +50,6 @@ def error(model, variant):
     return ((y - golden).abs().max() / golden.abs().max()).item()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_and_parameter_counts_equal_the_published_ones(variant):
-    state = published_state(variant)
-    arch, prompt = variant.split("-")
-    info = recognise(state)
-    assert (info["arch"], info["prompt"], info["published"]) == (arch, None if prompt == "none" else prompt, True)
-    model = published(variant, state)
-    assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant]["params"]
-    assert error(model, variant) < 1e-5
-
-
-def stated_start(arch, prompt, name, shape):
-    """Deviation and mean of a fresh tensor, as DESIGN and the published code have them; None: constant 0 or 1."""
-    fan_in = math.prod(shape[1:])
-    torch_default = (1 / math.sqrt(3 * fan_in), 0)                         # U(-a, a) with a = fan_in ** -0.5
-    if name == "prompts" or name.endswith("components"):
-        return 1 / math.sqrt(12), 0.5                                      # U(0, 1)
-    if arch == "srresnet" and (name.startswith("blocks") or name.startswith("conv_") and prompt is None):
-        return (0.1 * math.sqrt(2 / fan_in), 0) if len(shape) == 4 else None
-    if name.endswith("bias_table"):
-        return 0.02, 0
-    if name.endswith("modulator"):
-        return 1, 0
-    if len(shape) == 2 and arch in ("swinir", "uformer"):
-        return 0.02, 0
-    if len(shape) >= 2 and not name.endswith("temperature"):
-        return (1 / math.sqrt(3 * shape[1] * 4), 0) if name.startswith("up.") and arch == "uformer" else torch_default
-    return None
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_tensor_starts_as_the_published_one(variant):
-    """Mean and deviation of each fresh weight, within five standard errors; what is constant is 0 or 1."""
-    arch, prompt = variant.split("-")
-    prompt = None if prompt == "none" else prompt
-    torch.manual_seed(3)
-    model = TaskClassifier() if arch == "classifier" else build_model(arch, prompt)
-    zero_bias = arch in ("swinir", "uformer")
-    for name, value in model.state_dict().items():
-        stated = stated_start(arch, prompt, name, value.shape)
-        if stated:
-            deviation, mean = stated
-            value = value[value.abs() < 1.9] if deviation == 0.02 else value       # torch's trunc_normal_ gives a 2 now and then
-            error = 5 * deviation / math.sqrt(value.numel())
-            assert abs(value.mean() - mean) < error and abs(value.std() - deviation) < error, name
-        elif "norm" in name or name.endswith("temperature"):
-            assert (value == (0 if name.endswith("bias") else 1)).all(), name
-        elif arch == "srresnet" and (name.startswith("blocks") or name.startswith("conv_") and prompt is None):
-            assert (value == 0).all(), name
-        else:                                                  # the bias of a linear layer or a convolution
-            linear = dict(model.named_modules())[name.removesuffix(".bias")].__class__ is torch.nn.Linear
-            assert name.endswith(".bias") and (value == 0).all() == (zero_bias and linear), name
-
-
 @pytest.mark.parametrize("variant, a, b", (("restormer-ep", "decoder_level2.1.attn.qkv.weight", "decoder_level2.2.attn.qkv.weight"),
                                            ("srresnet-ep", "prompt_shift7.bias", "prompt_scale7.bias")))
 def test_parity_is_sharp_two_equal_shaped_tensors_swapped(variant, a, b):
@@ -256,3 +202,59 @@ def test_restormers_attention_in_half_precision_does_not_overflow():
     f = 300 * torch.rand(1, 8, 256, 256)
     assert torch.allclose(attention(f), attention.half()(f.half()).float(), atol=1.0, rtol=1e-2)
     assert not attention(0 * f.half()).any()
+
+
+# All fourteen, at the paper's sizes, which takes longest -------------------------------------------------------
+
+def stated_start(arch, prompt, name, shape):
+    """Deviation and mean of a fresh tensor, as DESIGN and the published code have them; None: constant 0 or 1."""
+    fan_in = math.prod(shape[1:])
+    torch_default = (1 / math.sqrt(3 * fan_in), 0)                         # U(-a, a) with a = fan_in ** -0.5
+    if name == "prompts" or name.endswith("components"):
+        return 1 / math.sqrt(12), 0.5                                      # U(0, 1)
+    if arch == "srresnet" and (name.startswith("blocks") or name.startswith("conv_") and prompt is None):
+        return (0.1 * math.sqrt(2 / fan_in), 0) if len(shape) == 4 else None
+    if name.endswith("bias_table"):
+        return 0.02, 0
+    if name.endswith("modulator"):
+        return 1, 0
+    if len(shape) == 2 and arch in ("swinir", "uformer"):
+        return 0.02, 0
+    if len(shape) >= 2 and not name.endswith("temperature"):
+        return (1 / math.sqrt(3 * shape[1] * 4), 0) if name.startswith("up.") and arch == "uformer" else torch_default
+    return None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_starts_as_the_published_one(variant):
+    """Mean and deviation of each fresh weight, within five standard errors; what is constant is 0 or 1."""
+    arch, prompt = variant.split("-")
+    prompt = None if prompt == "none" else prompt
+    torch.manual_seed(3)
+    model = TaskClassifier() if arch == "classifier" else build_model(arch, prompt)
+    zero_bias = arch in ("swinir", "uformer")
+    for name, value in model.state_dict().items():
+        stated = stated_start(arch, prompt, name, value.shape)
+        if stated:
+            deviation, mean = stated
+            value = value[value.abs() < 1.9] if deviation == 0.02 else value       # torch's trunc_normal_ gives a 2 now and then
+            error = 5 * deviation / math.sqrt(value.numel())
+            assert abs(value.mean() - mean) < error and abs(value.std() - deviation) < error, name
+        elif "norm" in name or name.endswith("temperature"):
+            assert (value == (0 if name.endswith("bias") else 1)).all(), name
+        elif arch == "srresnet" and (name.startswith("blocks") or name.startswith("conv_") and prompt is None):
+            assert (value == 0).all(), name
+        else:                                                  # the bias of a linear layer or a convolution
+            linear = dict(model.named_modules())[name.removesuffix(".bias")].__class__ is torch.nn.Linear
+            assert name.endswith(".bias") and (value == 0).all() == (zero_bias and linear), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_parameter_counts_equal_the_published_ones(variant):
+    state = published_state(variant)
+    arch, prompt = variant.split("-")
+    info = recognise(state)
+    assert (info["arch"], info["prompt"], info["published"]) == (arch, None if prompt == "none" else prompt, True)
+    model = published(variant, state)
+    assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant]["params"]
+    assert error(model, variant) < 1e-5
