@@ -700,9 +700,13 @@ def to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def read_image(path):
-    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does."""
-    return to_rgb(open_image(path)[0])
+def read_image(path, say=None):
+    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does, whose notes are
+    told to `say`."""
+    image, notes = open_image(path)
+    if notes and say:
+        say(f"{path}: {', '.join(notes)}")
+    return to_rgb(image)
 
 
 def to_tensor(image):
@@ -866,7 +870,7 @@ def find_depths(folders, depth_folder, say=progress):
 
 def read_photo(path, depth_path=None):
     """(image (H,W,3) uint8, depth (h,w) float32 or None). Raises ValueError as its parts do."""
-    return read_image(path), None if depth_path is None else read_depth(depth_path)
+    return read_image(path, progress), None if depth_path is None else read_depth(depth_path)
 
 
 # ---- Many files at a time ------------------------------------------------------------------------
@@ -1080,20 +1084,20 @@ class ImageCache:
 
 def _write_truth(path, target):
     """Writes an image as it is: what the restored ones are compared with."""
-    write_image(target, read_image(path))
+    write_image(target, read_image(path, progress))
 
 
 def _write_version(path, depth_path, out, name, split, task, seed):
     """Writes one degraded version of an image. Returns its row of params.csv."""
-    image, depth = read_photo(path, depth_path if task == "haze" else None)
-    x = to_tensor(image)                                                          # (1,3,H,W)
+    x, depth = to_tensor(read_image(path)), None                                  # (1,3,H,W)
     # Each file has a generator of its own: its numbers do not depend on other files.
     g = seeded(seed, split, task, name)
     drawn = draw(task, x.shape[2:], split, g)
     if task == "sr":
         y = bicubic_x4(x, stored=True)
     else:
-        depth = None if depth is None else torch.from_numpy(depth)[None, None]    # (1,1,h,w)
+        if task == "haze" and depth_path is not None:
+            depth = torch.from_numpy(read_depth(depth_path))[None, None]          # (1,1,h,w)
         y = apply(x, task, drawn, depth, generator=g)
     folder = f"single_indis/{task}" if split == "in" else f"single_outbig/{task}_outbig"
     write_image(out / folder / f"{name}.png", to_image(y))

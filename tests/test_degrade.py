@@ -686,11 +686,13 @@ def test_torn_files_are_named_and_the_exit_code_tells(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     good = save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8)).read_bytes()
     (tmp_path / "in" / "b.png").write_bytes(good[:50])
+    many_pages(tmp_path / "in" / "c.tif", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(SystemExit) as stopped:
         d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "sets")])
     said = capsys.readouterr()
     assert stopped.value.code == 1 and said.err.count("b.png: not a readable image") == 1 and "Traceback" not in said.err
-    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7
+    assert said.err.count("c.tif: the first of its frames") == 1
+    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7 + ["c.png"] * 7
 
 
 def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):
