@@ -619,7 +619,8 @@ def dead_leaves(height, width, generator):
     have 31 pixels or more. Returns image (1,3,H,W) in [0,1], rounded to 8 bits, and its true depth
     (1,1,H,W) in (0,1].
     """
-    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
+    seed = torch.randint(2 ** 62, (1,), generator=generator, device="cpu").item()
+    rng = np.random.default_rng(seed)
     noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
     # Few colours in a scene: four of the palette, all tinted alike.
     palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)

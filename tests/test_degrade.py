@@ -157,6 +157,7 @@ def test_data_are_the_same_whatever_the_network_computes_in_and_nothing_waits(ta
     try:
         with torch.device("meta"):                                      # a caller's default device
             drawn = d.draw(task, (48, 64), n=2, generator=d.seeded(3))
+            assert d.dead_leaves(48, 40, d.seeded(4))[0].dtype == d.depth_prior(9, 9, d.seeded(4)).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16), Watch():
