@@ -364,11 +364,12 @@ def iterate(run, net, parts, machine, lr, asked):
             gt = None                              # it sees degraded images alone
         for branch, of_branch in zip(drop_paths(run.model), draws.unbind(1)):
             branch.draws = of_branch                                            # (n,)
-        with machine.fast_products():              # TF32, if asked for, going forward and back
-            with machine.autocast():               # bf16, if asked for, going forward
-                loss = loss_per_image(net, lq, gt, task)                        # (n,)
-            # The mean over the batch: parts add up. Times world, as DDP averages processes.
-            (loss.sum() * machine.world / batch).backward()
+        set_precision(run.args.precision)          # TF32, if asked for, going forward and back
+        with machine.autocast():                   # bf16, if asked for, going forward
+            loss = loss_per_image(net, lq, gt, task)                            # (n,)
+        # The mean over the batch: parts add up. Times world, as DDP averages processes.
+        (loss.sum() * machine.world / batch).backward()
+        set_precision("fp32")                      # data and validation are in no other
         losses[rows.start:rows.stop] = loss.detach()
     norm = torch.nn.utils.get_total_norm(          # logged, but not clipped, as published
         [p.grad for p in run.model.parameters() if p.grad is not None])
@@ -900,7 +901,7 @@ class Run:
             if any({moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {p.shape}
                    for p, moments in self.optimizer.state.items()):
                 raise ValueError
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"--resume: {self.out / 'last.pt'}: the optimiser's numbers do not "
                              "fit the weights") from None
         self.stage, self.iteration = saved["stage"], saved["iteration"]
@@ -974,8 +975,8 @@ def newest_state(out, facts):
         if ends:
             mend = f"copy {ends[-1]} to {last}, and --resume goes on from that stage's end"
         raise ValueError(f"--resume: {error}; {mend}") from None
-    changed = [f"{key}: {saved['facts'].get(key)} then, {value} now"
-               for key, value in facts.items() if saved["facts"].get(key) != value]
+    changed = [f"{key}: {saved['facts'].get(key)} then, {value} now" for key, value in facts.items()
+               if str(saved["facts"].get(key)) != str(value)]
     if changed:
         raise ValueError(f"--resume: {last} is of another run; {'; '.join(changed)}")
     return saved
@@ -1076,18 +1077,8 @@ class Machine:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1),
                                     device_id=self.device if args.device == "cuda" else None)
-        set_precision("fp32")
+        set_precision("fp32")                                   # outside of `iterate`
         torch.backends.cudnn.deterministic = True               # of two algorithms, the same one
-
-    @contextlib.contextmanager
-    def fast_products(self):
-        """TF32, where --precision asks for it. Outside, for the data and for validation, it is off.
-        """
-        set_precision(self.args.precision)
-        try:
-            yield
-        finally:
-            set_precision("fp32")
 
     def rows_of(self, batch):
         """Which samples of a batch are this process's: a list of parts, each a range. Batch 8, two
@@ -1291,8 +1282,9 @@ def show_table(run, log):
     columns = [task if task in learned else f"({task})" for task in tasks] + ["mean"]
     rows = []
     for name, scores in run.table:
-        [mean] = plain_mean([[scores[task]] for task in tasks if task in learned])
-        rows.append((name, [*scores.values(), mean]))
+        cells = [scores.get(task) for task in tasks]
+        [mean] = plain_mean([[scores.get(task)] for task in learned])
+        rows.append((name, [*cells, mean]))
     text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
     (run.out / "table.md").write_text(text + "\n", encoding="utf-8")
     log.say(text)
@@ -1321,7 +1313,7 @@ def rates_and_begins(run):
 
 
 def draw_or_say_why(log, picture, path, *what):
-    """A picture, for once it is all the same which: no fault in drawing it may end a training."""
+    """picture(path, *what), a function of eval.py that draws: no fault of it may end a training."""
     try:
         picture(path, *what)
     except Exception as error:                             # a full disk, a Pillow without fonts ...

@@ -201,7 +201,7 @@ def test_training_on_a_folder_of_photos(tmp_path, capsys, tiny):
     (["--seq", "--order", "rr"], ["repeated"]),
     (["--preset", "huge"], ["huge", "demo"]),
     (["--data", "nowhere"], ["nowhere", "no such folder"]), (["--depth", "nowhere"], ["--depth nowhere", "--data"]), (["--prompts", "x.npy"], ["--prompts x.npy", "--init"]),
-    (["--data", ".", "--depth", "nowhere"], ["nowhere", "no such folder"]),
+    (["--data", ".", "--depth", "nowhere"], ["nowhere", "no such folder"]), (["--data", __file__], [__file__, "folder"]),
     (["--order", "n", "--pairs", "nowhere", ".", "noise"], ["nowhere", "no such folder"]),
     (["--pairs", "a", "b"], ["--pairs", "3 arguments"]),
     (["--pairs", "a", "b", "fog"], ["fog", "sr, blur, noise"]),
@@ -337,6 +337,26 @@ def test_ones_own_pairs_take_the_place_of_a_task(pairs, tmp_path, tiny, capsys):
     run(*alone, "--resume")
     assert "last.pt: this run is finished" in capsys.readouterr().out and (tmp_path / "alone" / "table.md").read_text() == table
     run("--arch", "srresnet", "--preset", "smoke", "--order", "nj", "--seq", "--pairs", *pairs, "noise", "--out", tmp_path / "mixed")
+
+
+def test_pairs_of_two_sizes_are_named_with_the_mend(pairs, tmp_path):
+    for path in pairs[0].iterdir():
+        Image.open(path).resize((22, 17)).save(path)
+    with pytest.raises(SystemExit, match=r"no usable image among 3: .*_bad.png has 22 x 17 pixels, .*/GT/.* 90 x 70; enlarge"):
+        run("--arch", "srresnet", "--preset", "smoke", "--order", "n", "--pairs", *pairs, "noise", "--out", tmp_path / "out")
+
+
+def test_the_command_of_a_notebook_is_train_pys(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    assert train.parse(["--order", "n"]).command == ["train.py", "--order", "n"]
+    monkeypatch.setattr("sys.argv", ["snow.py", "--order", "n"])
+    assert train.parse(["--order", "n"]).command == ["snow.py", "--order", "n"]
+
+
+@pytest.mark.parametrize("argv, preset", [([], "demo"), (["--data", "x"], "paper"), (["--pairs", "a", "b", "rain"], "paper"),
+                                          (["--preset", "smoke", "--data", "x"], "smoke")])
+def test_the_papers_recipe_is_for_photographs(argv, preset):
+    assert train.parse(argv).preset == preset and train.parse(argv).out.endswith(preset)
 
 
 def test_the_papers_recipe_on_a_cpu_says_at_once_what_it_takes(tmp_path, monkeypatch, capsys):
@@ -486,14 +506,21 @@ def test_all_modules_train_and_losses_are_logged_for_their_own_tasks(tmp_path, m
 
 @pytest.mark.parametrize("precision, kind, convolutions, products", [
     ("fp32", None, False, False), ("tf32conv", None, True, False), ("tf32", None, True, True), ("bf16", torch.bfloat16, False, False)])
-def test_precision_is_what_it_says_inside_and_fp32_outside(tmp_path, precision, kind, convolutions, products):
-    torch.backends.cudnn.deterministic = False
-    _, machine = small_run(tmp_path, "--precision", precision)
-    flags = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    with machine.fast_products(), machine.autocast():
-        inside, layer = flags(), torch.nn.Conv2d(3, 3, 1)(torch.rand(1, 3, 4, 4)).dtype
-    assert inside == (convolutions, products) and layer == (kind or torch.float32)
-    assert flags() == (False, False) and torch.backends.cudnn.deterministic
+def test_precision_is_what_it_says_for_the_network_and_fp32_for_the_data(tmp_path, monkeypatch, precision, kind, convolutions, products):
+    torch.backends.cudnn.deterministic, seen = False, []
+    run, machine = small_run(tmp_path, "--precision", precision)
+
+    def look(*what):
+        layer = torch.nn.Conv2d(3, 3, 1)(torch.rand(1, 3, 4, 4))
+        seen.append((layer.dtype, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    for name in ("loss_per_image", "make_batch"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *what, real=real: look() or real(*what))
+    part = train.Part([train.sample({"photos": Flat()}, ("noise",), 48, 8, (0, 0, 0, i)) for i in range(8)])
+    train.iterate(run, run.model, [(range(8), part)], machine, 1e-4, False)
+    look()
+    outside = (torch.float32, False, False)
+    assert seen == [outside, (kind or torch.float32, convolutions, products), outside] and torch.backends.cudnn.deterministic
 
 
 def test_depth_maps_and_leaves_beside_photos_reach_the_samples(tmp_path):
