@@ -226,16 +226,12 @@ def confusion(classifier, pairs):
         ...                                         the diagonal's share of its row.
     """
     classifier.eval()
+    named = {task: Counter(classify(classifier, lq)[0] for lq, _ in examples)
+             for task, examples in pairs.items()}
+    accuracy = {task: 100 * counts[task] / counts.total() for task, counts in named.items()}
     answers = classifier.answers                           # the tasks, perhaps "none" after them
-    matrix = np.zeros((len(answers), len(answers)), int)
-    accuracy = {}
-    for task, examples in pairs.items():
-        row = answers.index(task)
-        for lq, _ in examples:
-            name, _ = classify(classifier, lq)
-            matrix[row, answers.index(name)] += 1
-        accuracy[task] = 100 * matrix[row, row].item() / len(examples)
-    return accuracy, matrix.tolist()
+    matrix = [[named.get(task, {}).get(name, 0) for name in answers] for task in answers]
+    return accuracy, matrix
 
 
 # ---- The paper's Tables 3 and 4 ------------------------------------------------------------------
