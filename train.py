@@ -46,7 +46,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import sqlite3
 import sys
 import threading
 import time
@@ -1020,19 +1019,18 @@ def one_run_in(args):
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     out.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:                     # others: a disk that knows no locks
-        if "locked" in str(error):
-            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
-                             "choose another --out") from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            import sqlite3                             # some Pythons were built without it
+            lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
+            held.enter_context(contextlib.closing(lock)).execute("BEGIN EXCLUSIVE")
+        except Exception as error:                     # and some disks know no locks
+            if "locked" in str(error):
+                raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
+                                 "choose another --out") from None
         for torn in out.glob(".*.tmp"):                # whole_file's, where a save was killed
             torn.unlink()
         yield
-    finally:
-        lock.close()
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
