@@ -29,6 +29,7 @@ bfloat16 (matrix products, convolutions) is in float64 here, which neither of th
 import argparse
 import contextlib
 import csv
+import datetime
 import difflib
 import functools
 import hashlib
@@ -49,7 +50,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 
-from mioir import TASKS, reflect_pad, refuse_deep_grey, upright
+from mioir import TASKS, blamed_on, reflect_pad, refuse_deep_grey, upright
 
 # ---- What is drawn (paper, Section 4.1) ----------------------------------------------------------
 
@@ -618,7 +619,8 @@ def dead_leaves(height, width, generator):
     have 31 pixels or more. Returns image (1,3,H,W) in [0,1], rounded to 8 bits, and its true depth
     (1,1,H,W) in (0,1].
     """
-    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
+    seed = torch.randint(2 ** 62, (1,), generator=generator, device="cpu").item()
+    rng = np.random.default_rng(seed)
     noises = [spectrum_noise(height, width, slope, rng) for slope in (0.3, 0.8, 1.5)]
     # Few colours in a scene: four of the palette, all tinted alike.
     palette = _PALETTE[rng.choice(len(_PALETTE), 4, replace=False)] * rng.uniform(0.9, 1.1, 3)
@@ -682,18 +684,16 @@ def open_image(path):
     file and what is wrong with it."""
     # Whole photographs hold more text, or larger profiles, than Pillow takes. Both stay bounded.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-    try:
-        with Image.open(path, formats=DECODERS) as file:
-            pixels, most = math.prod(file.size), Image.MAX_IMAGE_PIXELS or math.inf
-            if pixels > most:                          # Pillow itself only warns, up to twice that
-                raise Image.DecompressionBombError(f"{pixels} pixels, more than {most}.")
-            return _decode(file)
-    except Exception as error:     # torn and forged files lead decoders to any kind: no list of
-        reason = " ".join(str(error).split()) or type(error).__name__         # them stays complete
-        if isinstance(error, Image.DecompressionBombError):
-            reason += (" If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS (eval.py: "
-                       "--max-pixels N)")
-        raise ValueError(f"{path}: not a readable image ({reason})") from None
+    with blamed_on(f"{path}: not a readable image"):
+        try:
+            with Image.open(path, formats=DECODERS) as file:
+                pixels, most = math.prod(file.size), Image.MAX_IMAGE_PIXELS or math.inf
+                if pixels > most:                      # Pillow itself only warns, up to twice that
+                    raise Image.DecompressionBombError(f"{pixels} pixels, more than {most}.")
+                return _decode(file)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS "
+                             "(eval.py: --max-pixels N)") from None
 
 
 def to_rgb(image):
@@ -701,9 +701,13 @@ def to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def read_image(path):
-    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does."""
-    return to_rgb(open_image(path)[0])
+def read_image(path, say=None):
+    """Any image file -> (H,W,3) uint8 RGB. Raises ValueError as open_image does, whose notes are
+    told to `say`."""
+    image, notes = open_image(path)
+    if notes and say:
+        say(f"{path}: {', '.join(notes)}")
+    return to_rgb(image)
 
 
 def to_tensor(image):
@@ -802,8 +806,7 @@ def list_images(folders, say=progress):
                 others.append(path.name if path.exists() else f"{path.name} (a broken link)")
     names = ", ".join(map(str, folders))
     if others:
-        count = "1 file" if len(others) == 1 else f"{len(others)} files"
-        say(f"{names}: passed over {count} not read as images, such as {', '.join(others[:5])}")
+        say(f"{names}: not read as images: {len(others)}, such as {', '.join(others[:5])}")
     if not files:
         raise ValueError(f"{names}: no images; looked for {' '.join(SUFFIXES)}")
     return files
@@ -814,7 +817,7 @@ def list_images(folders, say=progress):
 def read_depth(path):
     """Depth map, (h,w) float32, larger is farther: .npy, or grey .png of 8 or 16 bits. Raises
     ValueError with one line that names the file and what is wrong with it."""
-    try:
+    with blamed_on(f"{path}: not a readable depth map"):
         if path.suffix.lower() == ".npy":
             depth = np.load(path, allow_pickle=False)
         else:
@@ -826,9 +829,6 @@ def read_depth(path):
         if not np.isfinite(depth).all() or depth.min() < 0 or depth.max() <= 0:
             raise ValueError("expected finite numbers, none negative, some positive")
         return depth
-    except Exception as error:                         # as in open_image
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a readable depth map ({reason})") from None
 
 
 def nfc(name):
@@ -871,21 +871,19 @@ def find_depths(folders, depth_folder, say=progress):
 
 def read_photo(path, depth_path=None):
     """(image (H,W,3) uint8, depth (h,w) float32 or None). Raises ValueError as its parts do."""
-    return read_image(path), None if depth_path is None else read_depth(depth_path)
+    return read_image(path, progress), None if depth_path is None else read_depth(depth_path)
 
 
 # ---- Many files at a time ------------------------------------------------------------------------
 
 def clock(seconds):
-    """Seconds in words: 89 s, 2 min, 1 h 05 min."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+    """Seconds as hours, minutes and seconds: 1:05:09."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def time_left(start, done, total):
-    """"12 s left", if the rest goes on at the rate since `start`, a time.monotonic(); done >= 1."""
+    """"0:00:12 left", if the rest goes on at the rate since `start`, a time.monotonic().
+    done: 1 or more."""
     return f"{clock((time.monotonic() - start) / done * (total - done))} left"
 
 
@@ -944,25 +942,23 @@ def leaf_items(count, edge, seed):
 
 
 def item_name(stem, *files):
-    """stem-size-fingerprint of what the files hold: so a changed file is read anew, and one that
-    was only moved or copied is not. A file that can't be read will be named when it is decoded."""
-    size, total = 0, hashlib.sha256()
-    for path in files:
+    """stem-size-fingerprint of files: so a changed file is read anew, and one that was only moved
+    or copied is not. Their first 64 KB tell enough: a picture that was edited and stored again
+    differs there, or in size. None stands for a depth map that is not given; a file that can't be
+    read will be named when it is decoded."""
+    size, start = 0, hashlib.sha256()
+    for path in filter(None, files):
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-            size += file.tell()
+            start.update(file.read(2 ** 16))
+            size += os.fstat(file.fileno()).st_size
     stem = stem[:40].encode(errors="replace").decode()                 # a name that is not UTF-8
-    return f"{stem}-{size}-{total.hexdigest()[:16]}"
+    return f"{stem}-{size}-{start.hexdigest()[:16]}"
 
 
 def photo_items(folders, depth_folder=None, say=progress):
     """Items: the photos below the folders, with their depth maps."""
-    items = []
-    for path, depth in find_depths(folders, depth_folder, say).items():
-        files = [path] if depth is None else [path, depth]
-        name = item_name(path.stem, *files)
-        items.append((name, read_photo, (path, depth), depth is not None))
-    return items
+    return [(item_name(path.stem, path, depth), read_photo, (path, depth), depth is not None)
+            for path, depth in find_depths(folders, depth_folder, say).items()]
 
 
 def enlarged_part(depth, size, top, left, edge, corners=False):
@@ -1036,9 +1032,8 @@ class ImageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             return _run_all(jobs, say, "preparing images")[1]
         except OSError as error:                       # numpy's, of a full disk, has no strerror
-            raise ValueError(f"{self.folder}: decoded images can't be stored there "
-                             f"({error.strerror or error}); --cache DIR names another disk's "
-                             "folder") from None
+            raise ValueError(f"{self.folder}: can't store images there ({error.strerror or error}"
+                             "); --cache DIR names another disk's folder") from None
 
     def _open(self, name, suffix=".npy"):
         """An array left on the disk, of which what is used is read. The file is closed when the
@@ -1090,20 +1085,20 @@ class ImageCache:
 
 def _write_truth(path, target):
     """Writes an image as it is: what the restored ones are compared with."""
-    write_image(target, read_image(path))
+    write_image(target, read_image(path, progress))
 
 
 def _write_version(path, depth_path, out, name, split, task, seed):
     """Writes one degraded version of an image. Returns its row of params.csv."""
-    image, depth = read_photo(path, depth_path if task == "haze" else None)
-    x = to_tensor(image)                                                          # (1,3,H,W)
+    x, depth = to_tensor(read_image(path)), None                                  # (1,3,H,W)
     # Each file has a generator of its own: its numbers do not depend on other files.
     g = seeded(seed, split, task, name)
     drawn = draw(task, x.shape[2:], split, g)
     if task == "sr":
         y = bicubic_x4(x, stored=True)
     else:
-        depth = None if depth is None else torch.from_numpy(depth)[None, None]    # (1,1,h,w)
+        if task == "haze" and depth_path is not None:
+            depth = torch.from_numpy(read_depth(depth_path))[None, None]          # (1,1,h,w)
         y = apply(x, task, drawn, depth, generator=g)
     folder = f"single_indis/{task}" if split == "in" else f"single_outbig/{task}_outbig"
     write_image(out / folder / f"{name}.png", to_image(y))

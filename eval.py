@@ -15,7 +15,7 @@ The protocol (paper, Section 5.1), each point where it is computed below:
     mean over the sets, however many images each holds (score_sets);
   - the weights are the raw ones, not their moving average (--weights raw, the default);
   - a picture runs through the network whole, not in tiles (testsets);
-  - a model with explicit prompts gets the prompt that the task classifier names (named_by).
+  - with --testsets, the task classifier names the prompt of an "ep" model (named_by).
 
 Words used throughout
   lq, gt      a degraded ("low-quality") image and its ground truth: (1,3,H,W) floats in [0,1]
@@ -44,7 +44,7 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, ends
                      find_depths, gaussian_taps, list_images, nfc, open_image, progress, read_photo,
                      require_folder, seeded, short_name, time_left, to_image, to_rgb, to_tensor,
                      whole_file)
-from mioir import (ANSWERS, DOUBT, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
+from mioir import (ANSWERS, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
                    classify, load_model, parse_task, restore)
 
 
@@ -81,7 +81,7 @@ def inside_border(a, b, crop):
 
 
 def psnr(a, b, crop=4):
-    """Peak signal-to-noise ratio in dB of two (H,W,3) uint8 pictures; infinite if they are equal.
+    """Peak signal-to-noise ratio in dB of two (H,W,3) uint8 pictures; infinite for equal ones.
 
         PSNR = 10 log10(255^2 / MSE),    MSE = mean of (a - b)^2 over pixels and channels
 
@@ -107,7 +107,7 @@ def local_mean(x):
 
 
 def ssim(a, b, crop=4):
-    """Structural similarity of two (H,W,3) uint8 pictures, at most 1; 1 only for equal ones.
+    """Structural similarity of two (H,W,3) uint8 pictures: at most 1, for equal ones.
 
                 2 mu_a mu_b + C1             2 sigma_ab + C2
         SSIM = --------------------  *  ----------------------------
@@ -159,7 +159,7 @@ def restored(model, lq, task, device, tile=None):
 
 def score(model, pairs, task_of, device, tile=None):
     """([PSNR in, out, gain, SSIM in, out, gain], n): plain means over pairs, [(lq, gt), ...], and
-    how many of them were left out, as an own truth or since the model restored them exactly.
+    how many of them were left out: own truths, and what the model restored exactly.
 
     "in" is the degraded image, "out" the restored one, both against the truth. As in the paper the
     decibels are averaged, not the squared errors: each image counts the same, however hard it is.
@@ -188,17 +188,16 @@ def mean_psnr(model, pairs, device):
     a task whose pairs are all left out, as in score."""
     means = {}
     for task, examples in pairs.items():
-        truths = [(lq, to_image(gt)) for lq, gt in examples]           # (H,W,3) uint8
-        rows = [[psnr(restored(model, lq, task, device), truth)] for lq, truth in truths
-                if not math.isinf(psnr(to_image(lq), truth))]
-        [means[task]] = plain_mean(rows or [[None]])
+        rows = [[psnr(picture, to_image(gt)) for picture in                   # before and after
+                 (to_image(lq), restored(model, lq, task, device))] for lq, gt in examples]
+        _, means[task] = plain_mean(rows)
     return means
 
 
 def counted(total, own):
-    """"100 images", and how many of them, as own truths, count in no mean."""
-    verb = "is its own truth" if own == 1 else "are their own truth"
-    return f"{total} images" + (f"; {own} of {total} {verb}: in no mean" if own else "")
+    """"100 images", and how many of them count in no mean: own truths, or restored exactly."""
+    which = "is its own truth, or was" if own == 1 else "are their own truths, or were"
+    return f"{total} images" + (f"; {own} of {total} {which} restored exactly" if own else "")
 
 
 # ---- Which prompt: the user's word, or the classifier's ------------------------------------------
@@ -227,63 +226,12 @@ def confusion(classifier, pairs):
         ...                                         the diagonal's share of its row.
     """
     classifier.eval()
+    named = {task: Counter(classify(classifier, lq)[0] for lq, _ in examples)
+             for task, examples in pairs.items()}
+    accuracy = {task: 100 * counts[task] / counts.total() for task, counts in named.items()}
     answers = classifier.answers                           # the tasks, perhaps "none" after them
-    matrix = np.zeros((len(answers), len(answers)), int)
-    accuracy = {}
-    for task, examples in pairs.items():
-        row = answers.index(task)
-        for lq, _ in examples:
-            name, _ = classify(classifier, lq)
-            matrix[row, answers.index(name)] += 1
-        accuracy[task] = 100 * matrix[row, row].item() / len(examples)
-    return accuracy, matrix.tolist()
-
-
-MODEL = Path(__file__).parent / "assets" / "restormer.pt"                 # these two are shipped
-CLASSIFIER = MODEL.with_name("classifier.pt")
-
-
-def load_classifier(path, device):
-    """The classifier of --classifier, or, for None, the one that ships in assets/.
-
-    Raises ValueError where it can't be loaded or holds a restoration model, with what to do.
-    """
-    path = path or CLASSIFIER
-    try:
-        classifier, _ = load_model(path, device=device)
-    except ValueError as error:                # no checkpoint, or one from before a task was added
-        raise ValueError(f"--classifier {error}; or name the task, such as --task noise") from None
-    if not isinstance(classifier, TaskClassifier):
-        raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
-    return classifier
-
-
-def asked_task(args, model, info, device):
-    """What --task asks for, as (task, classifier), of which one is None at least: (1,7) weights for
-    all images alike; or, for --task auto, the classifier that names each one's task. Both are None
-    for a model that takes no prompt. A --task that has no effect, or no good one, is reported."""
-    if args.task is None:                                  # auto
-        return None, load_classifier(args.classifier, device) if model.prompt == "ep" else None
-    if model.prompt != "ep":
-        print("--task ignored: this model takes no prompt")
-        return None, None
-    # A prompt that training never used is an image like any other: what it does is not known.
-    named = {task for task, weight in zip(TASKS, args.task[0]) if weight > 0}
-    unknown = named - learned(info)
-    if unknown:
-        print(f"warning: this model has not learned {', '.join(sorted(unknown))}")
-    return args.task, None
-
-
-def learned(info):
-    """The set of tasks that a checkpoint of train.py has met; all, where a file does not tell.
-
-    Its facts list each stage's tasks, the stages to come included; "stage" counts those that are
-    over, so that order[stage] is the one in training, if any.
-    """
-    stages = info.get("facts", {}).get("order") or [TASKS]
-    return {task for stage in stages[:info.get("stage", len(stages)) + 1] for task in stage}
-
+    matrix = [[named.get(task, {}).get(name, 0) for name in answers] for task in answers]
+    return accuracy, matrix
 
 
 # ---- The paper's Tables 3 and 4 ------------------------------------------------------------------
@@ -353,62 +301,6 @@ TESTSETS = {
 }
 
 
-def match_pairs(lq_folder, gt_folder):
-    """[(LQ file, GT file), ...] of two folders, by path and name alone: a GT is sought in the
-    subfolder of the LQ's own path, then anywhere; names fit as partners says. A GT without an LQ is
-    left out, and counted aside. Never by order: a wrong pair would not stop the run, only spoil the
-    average. Raises ValueError that names LQs without a GT, or an LQ that fits two."""
-    lqs, gts = list_images([lq_folder]), list_images([gt_folder])
-    near, anywhere = {}, {}                                # by subfolder and name; by name
-    for gt in gts:
-        below = near.setdefault(plain_name(gt.parent.relative_to(gt_folder)), {})
-        for names in (below, anywhere):
-            for name in {plain_name(gt.stem), joined_name(gt.stem)}:
-                names.setdefault(name, []).append(gt)
-    pairs, lone = [], []
-    for lq in lqs:
-        below = near.get(plain_name(lq.parent.relative_to(lq_folder)), {})
-        fits = partners(lq.stem, below) or partners(lq.stem, anywhere)
-        if len(fits) > 1:
-            raise ValueError(f"{lq} fits {fits[0]} and {fits[1]}: give each GT its LQ's path below "
-                             "its folder, and one ending")
-        lone += [] if fits else [str(lq)]
-        pairs += [(lq, gt) for gt in fits]
-    if lone:
-        raise ValueError(f"{len(lone)} of {len(lqs)} have no GT of their name in {gt_folder}, such "
-                         f"as {', '.join(lone[:3])}; rename or remove them")
-    unused = len(gts) - len({gt for _, gt in pairs})
-    if unused:
-        progress(f"{unused} of {len(gts)} in {gt_folder} have no LQ: left out")
-    return pairs
-
-
-def plain_name(name):
-    """A file's name as it is compared: an accent is one character, though some systems store it as
-    two (Unicode's NFC), and a number is its value: "0801" is "801"."""
-    return re.sub(r"\d+", lambda digits: str(int(digits[0])), nfc(name))
-
-
-def joined_name(name):
-    """The same without what may stand between a word and its number: "frame_001" is "frame1"."""
-    return re.sub(r"(?<=[^\W\d_])[\W_]+(?=\d)", "", plain_name(name))
-
-
-def partners(stem, gts):
-    """The GT files with the longest name that an LQ's stem begins with; [] where there is none.
-    gts: {name: files}. The names as they are come first, then the joined ones.
-
-    LQ stems may go on after it ("0801_rain", "0801x4m"), but not with a digit: "10" is not of "1".
-    Of several files, one of the very same name comes before the others.
-    """
-    for name in (plain_name(stem), joined_name(stem)):
-        for end in range(len(name), 0, -1):                            # the longest first
-            if name[:end] in gts and not name[end:end + 1].isdigit():
-                fits = gts[name[:end]]
-                return [gt for gt in fits if gt.stem == stem] or fits
-    return []
-
-
 def read_pairs(pairs):
     """Reads [(LQ file, GT file), ...] one by one, as pairs (lq, gt) of one size."""
     for lq_path, gt_path in pairs:
@@ -427,13 +319,13 @@ def read_pairs(pairs):
 
 
 def score_sets(files, model, task_of, device, tile):
-    """Scores the sets `files`, {name: [(LQ file, GT file), ...]}: ({name: score's six} of the sets
-    and of the groups In-Dis, Out-Dis and Unknown, which are the plain means over their sets,
-    {name: number of own truths}). task_of: None where the true task is told."""
+    """Scores the sets `files`, {name: [(LQ file, GT file), ...]}. Returns {name: score's six}, of
+    the sets and of the groups In-Dis, Out-Dis and Unknown, each the plain mean over its sets; and
+    {name: how many of its pairs count in no mean}. task_of: None where the true task is told."""
     scores, own, start = {}, {}, time.monotonic()
     for name, pairs in files.items():
         _, task, *_ = TESTSETS[name]
-        tell = task_of or (lambda lq, task=task: task)
+        tell = task_of or (lambda lq: task)
         scores[name], own[name] = score(model, read_pairs(pairs), tell, device, tile)
         left = time_left(start, len(scores), len(files))
         result = f"{figure(scores[name][1])} dB over {counted(len(pairs), own[name])}"
@@ -496,46 +388,10 @@ def find_sets(root, told):
     return files
 
 
-def testsets(args, model, info, device):
-    """The table over whichever of the 19 sets are in the folder, and with --output the same as
-    JSON. With --expect 30.36 it ends in an error unless that is the In-Dis average, within
-    --tolerance: so a figure that somebody promised can be checked by a command."""
-    told = args.oracle and model.prompt == "ep"
-    # The paper's figures contain the published classifier's mistakes, and ours makes others.
-    if info["published"] and model.prompt == "ep" and not (told or args.classifier):
-        raise ValueError("add --classifier Classifier.pth, or --oracle to tell the true tasks")
-    files = find_sets(Path(args.testsets), told)
-    missing = [name for name in TESTSETS if name not in files]
-    progress(f"left out: {', '.join(missing) or 'none'}")
-    _, classifier = (None, None) if told else asked_task(args, model, info, device)
-    task_of = named_by(classifier, Counter()) if classifier else None
-    # Whole, however large: in tiles a network sees less than the whole picture, so tiles could
-    # change the figures. So auto_tile has no say here; --tile N is for those who lack the memory.
-    scores, own = score_sets(files, model, task_of, device, args.tile or 0)
-    counts = {name: len(pairs) for name, pairs in files.items()}
-    paper = comparable_figures(args, info, counts)
-    named = "named by the classifier" if classifier else "told"
-    convention = (f"RGB, 8 bit, 4 border pixels cut, {args.weights} weights, "
-                  f"prompt {model.prompt}, task {named}")
-    print(score_table("set", scores, paper) + f"\n\n{convention}")
-    for name in filter(own.get, own):                                  # those that have any
-        print(f"{name}: {counted(counts[name], own[name])}")
-    if args.output:
-        saved = {"checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
-                 "images": counts, "own_truths": own, "paper": paper}
-        for k, column in enumerate(("psnr_in", "psnr", "gain", "ssim_in", "ssim", "ssim_gain")):
-            saved[column] = {name: numbers[k] for name, numbers in scores.items()}
-        with result_file(args.output) as file:
-            file.write(json.dumps(saved, indent=1, allow_nan=False).encode())
-    if args.expect is not None:
-        got = scores.get("In-Dis", [None, None])[1] or math.nan
-        if not abs(got - args.expect) <= args.tolerance:               # so that NaN fails, too
-            raise ValueError(f"expected an In-Dis average of {args.expect:g} dB, got {got:.2f}")
-
-
 # ==================================================================================================
-# Plumbing. Nothing below this line is in the paper: images that we degrade ourselves, restoring
-# one's own pictures, memory and time, tables and pictures, files, the command line.
+# Not in the paper: images that we degrade ourselves, the user's word on the task, pairing files,
+# the commands, restoring one's own pictures, memory and time, tables and pictures, files, the
+# command line.
 # ==================================================================================================
 
 # ---- Images that we degrade ourselves ------------------------------------------------------------
@@ -633,7 +489,111 @@ def evaluate(model, pairs, device, say, trained=TASKS):
     return [*rows, ["mean", *plain_mean(known or [[None] * 6])]]
 
 
-# ---- Commands on images that we degrade ourselves, and on one's own pairs ------------------------
+# ---- The user's word on the task: --task, --classifier -------------------------------------------
+
+MODEL = Path(__file__).parent / "assets" / "restormer.pt"                 # these two are shipped
+CLASSIFIER = MODEL.with_name("classifier.pt")
+
+
+def load_classifier(path, device):
+    """The classifier of --classifier, or, for None, the one that ships in assets/.
+
+    Raises ValueError where it can't be loaded or holds a restoration model.
+    """
+    path = path or CLASSIFIER
+    classifier, _ = load_model(path, device=device)
+    if not isinstance(classifier, TaskClassifier):
+        raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
+    return classifier
+
+
+def asked_task(args, model, info, device):
+    """What --task asks for: ((1,7) weights for all images alike, None); or for --task auto (None,
+    the classifier that names each one's task); or (None, None) for a model that takes no prompt.
+    A --task without effect, or of a task that the model has not learned, is reported."""
+    if args.task is None:                                  # auto
+        return None, load_classifier(args.classifier, device) if model.prompt == "ep" else None
+    if model.prompt != "ep":
+        print("--task ignored: this model takes no prompt")
+        return None, None
+    # A prompt that training never used is an image like any other: what it does is not known.
+    named = {task for task, weight in zip(TASKS, args.task[0]) if weight > 0}
+    unknown = named - learned(info)
+    if unknown:
+        print(f"warning: this model has not learned {', '.join(sorted(unknown))}")
+    return args.task, None
+
+
+def learned(info):
+    """The set of tasks that a checkpoint of train.py has met; all, where a file does not tell.
+
+    Its facts list each stage's tasks, the stages to come included; "stage" counts those that are
+    over, and "iteration" the iterations of the one after them: from the first on, it counts, too.
+    """
+    stages = info.get("facts", {}).get("order") or [TASKS]
+    met = info.get("stage", len(stages)) + (info.get("iteration", 0) > 0)
+    return {task for stage in stages[:met] for task in stage}
+
+
+# ---- Which file belongs to which -----------------------------------------------------------------
+
+def match_pairs(lq_folder, gt_folder):
+    """[(LQ file, GT file), ...] of two folders, by path and name alone. The GT of LQ/a/b.png is
+    looked for in GT/a, then in all of GT; names fit as partners says. A GT without an LQ is left
+    out, and how many were is said. Never by order: a wrong pair would not stop the run, only spoil
+    the average. Raises ValueError that names LQs without a GT, or an LQ that fits two."""
+    lqs, gts = list_images([lq_folder]), list_images([gt_folder])
+    # {subfolder, or None for anywhere: {name: [GT file, ...]}}
+    named = defaultdict(lambda: defaultdict(list))
+    for gt in gts:
+        for folder in (plain_name(gt.parent.relative_to(gt_folder)), None):
+            for name in {plain_name(gt.stem), joined_name(gt.stem)}:
+                named[folder][name].append(gt)
+    pairs, lone = [], []
+    for lq in lqs:
+        folder = plain_name(lq.parent.relative_to(lq_folder))
+        fits = partners(lq.stem, named[folder]) or partners(lq.stem, named[None])
+        if len(fits) > 1:
+            raise ValueError(f"{lq} fits {fits[0]} and {fits[1]}: give each GT its LQ's path below "
+                             "its folder, and one ending")
+        lone += [] if fits else [str(lq)]
+        pairs += [(lq, gt) for gt in fits]
+    if lone:
+        raise ValueError(f"{len(lone)} of {len(lqs)} have no GT of their name in {gt_folder}, such "
+                         f"as {', '.join(lone[:3])}; rename or remove them")
+    unused = len(gts) - len({gt for _, gt in pairs})
+    if unused:
+        progress(f"{unused} of {len(gts)} in {gt_folder} have no LQ: left out")
+    return pairs
+
+
+def plain_name(name):
+    """A file's name as it is compared: an accent is one character, though some systems store it as
+    two (Unicode's NFC), and a number is its value: "0801" is "801"."""
+    return re.sub(r"\d+", lambda digits: str(int(digits[0])), nfc(name))
+
+
+def joined_name(name):
+    """The same without what may stand between a word and its number: "frame_001" is "frame1"."""
+    return re.sub(r"(?<=[^\W\d_])[\W_]+(?=\d)", "", plain_name(name))
+
+
+def partners(stem, gts):
+    """The GT files with the longest name that an LQ's stem begins with; [] where there is none.
+    gts: {name: files}. The names as they are come first, then the joined ones.
+
+    LQ stems may go on after it ("0801_rain", "0801x4m"), but not with a digit: "10" is not of "1".
+    Of several files, one of the very same name comes before the others.
+    """
+    for name in (plain_name(stem), joined_name(stem)):
+        for end in range(len(name), 0, -1):                            # the longest first
+            if name[:end] in gts and not name[end:end + 1].isdigit():
+                fits = gts[name[:end]]
+                return [gt for gt in fits if gt.stem == stem] or fits
+    return []
+
+
+# ---- The commands that measure -------------------------------------------------------------------
 # Each prints a table on stdout, and below it how it was measured.
 
 def label(row, info):
@@ -642,10 +602,53 @@ def label(row, info):
     return row if row in (*learned(info), "mean") else f"{row} (not trained)"
 
 
+def measured(args, model, how):
+    """How figures were taken, in a line. how: the way in which an "ep" model gets its tasks."""
+    task = f", task {how}" if model.prompt == "ep" else ""
+    return (f"PSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, "
+            f"prompt {model.prompt}{task}")
+
+
+def testsets(args, model, info, device):
+    """The table over whichever of the 19 sets are in the folder, and with --output the same as
+    JSON. With --expect 30.36 it ends in an error unless that is the In-Dis average, within
+    --tolerance: so a figure that somebody promised can be checked by a command."""
+    told = args.oracle and model.prompt == "ep"
+    # The paper's figures contain the published classifier's mistakes, and ours makes others.
+    if info["published"] and model.prompt == "ep" and not (told or args.classifier):
+        raise ValueError("add --classifier Classifier.pth, or --oracle to tell the true tasks")
+    files = find_sets(Path(args.testsets), told)
+    missing = [name for name in TESTSETS if name not in files]
+    progress(f"left out: {', '.join(missing) or 'none'}")
+    _, classifier = (None, None) if told else asked_task(args, model, info, device)
+    task_of = named_by(classifier, Counter()) if classifier else None
+    # Whole, however large: in tiles a network sees less than the whole picture, so tiles could
+    # change the figures. So auto_tile has no say here; --tile N is for those who lack the memory.
+    scores, own = score_sets(files, model, task_of, device, args.tile or 0)
+    counts = {name: len(pairs) for name, pairs in files.items()}
+    paper = comparable_figures(args, info, counts)
+    convention = measured(args, model, "named by the classifier" if classifier else "told")
+    print(score_table("set", scores, paper) + f"\n\n{convention}")
+    for name in filter(own.get, own):                                  # those that have any
+        print(f"{name}: {counted(counts[name], own[name])}")
+    if args.output:
+        saved = {"checkpoint": str(args.checkpoint), "convention": convention, "missing": missing,
+                 "images": counts, "own_truths": own, "paper": paper}
+        for k, column in enumerate(("psnr_in", "psnr", "gain", "ssim_in", "ssim", "ssim_gain")):
+            saved[column] = {name: numbers[k] for name, numbers in scores.items()}
+        with result_file(args.output) as file:
+            file.write(json.dumps(saved, indent=1, allow_nan=False).encode())
+    if args.expect is not None:
+        got = scores.get("In-Dis", [None, None])[1] or math.nan
+        if not abs(got - args.expect) <= args.tolerance:               # so that NaN fails, too
+            raise ValueError(f"expected an In-Dis average of {args.expect:g} dB, got {got:.2f}")
+        print(f"as expected, over {sum(name in ORDER for name in files)} of the 7 In-Dis sets")
+
+
 def table(args, model, info, device):
     """PSNR and SSIM of each task before and after, In-Dis and Out-Dis, and with --output a picture
-    of the first image of each; of a task classifier how often it names each task, and knows clean
-    pictures. Tasks that the model has not learned are marked, and not in the mean.
+    of the first image of each. Tasks that the model has not learned are marked, and not in the
+    mean. For a task classifier, the tables are of which task it names how often.
 
     Not to be compared with the paper's table: other images, and other draws from the same ranges.
     """
@@ -663,8 +666,7 @@ def table(args, model, info, device):
         if split == "in" and args.output:
             task_strips(args.output, model, pairs, device, learned(info))
     if not isinstance(model, TaskClassifier):
-        print(f"\nPSNR in dB and SSIM on 8-bit RGB, 4 border pixels cut, {args.weights} weights, "
-              "true task told")
+        print(f"\n{measured(args, model, 'told')}")
 
 
 def own_pairs(args, model, info, device):
@@ -800,7 +802,7 @@ def process_file(source, target, args, model, info, asked):
         picture = to_rgb(original)                                     # (H,W,3) uint8
         x = to_tensor(picture)                                         # (1,3,H,W)
         if classifier:
-            task, note = ask_classifier(classifier, x, info)           # a name; None: let it be
+            task, note = name_task(classifier, x, info)
             notes, untouched = [*notes, note], task is None
         if not untouched:
             notes += [f"in tiles of {tile}"] if tile else []
@@ -811,21 +813,14 @@ def process_file(source, target, args, model, info, asked):
     return ", ".join([f"{source} -> {target}", f"{w} x {h}", *notes])
 
 
-def ask_classifier(classifier, x, info):
-    """(task, or None where the picture is better left as it is; what to say about it).
-
-    A picture that is fine must stay so. A classifier that can answer "none" is believed when it
-    does, and where it is in doubt nothing is touched either: a picture left as it was can be
-    restored later. The published classifier has to name a damage; there a doubt is only reported.
-    """
+def name_task(classifier, x, info):
+    """choose_task's task, or None where the picture is better left as it is; and what is to be said
+    about it."""
     task, name, sure = choose_task(classifier, x)
-    note = f"task {name}, {100 * sure:.0f} % sure"
+    note = "nothing found" if name == "none" else f"task {name}, {100 * sure:.0f} % sure"
     if task is None:
-        found = "nothing found" if name == "none" else f"{note}, too little"
-        return None, f"{found}: left as it is; --task NAME forces one"
-    if sure < DOUBT[task]:
-        note += " - low: look at it, or name the task with --task"
-    if task not in learned(info):
+        note += ": left as it is; --task NAME forces one"
+    elif task not in learned(info):
         note += "; warning: this model has not learned it"
     return task, note
 
@@ -858,7 +853,7 @@ def save_picture(target, picture, original, untouched=None):
 
 # ---- Memory, time, precision ---------------------------------------------------------------------
 # A photo of 24 megapixels has 1,465 times as many pixels as a training crop of 128 x 128. It takes
-# minutes on a CPU, and more memory than there is: it is restored in tiles, and somebody waits.
+# minutes on a CPU, and more memory than there is: it is restored in tiles, and says how far it is.
 
 def lacks_memory(error):
     """Whether an exception says that memory ran out. numpy raises MemoryError; torch RuntimeError,
@@ -914,7 +909,7 @@ def tune_cpu():
 def set_precision(precision="fp32"):
     """What a GPU computes in. TF32 keeps 10 bits of a product's mantissa: faster on GPUs from 2020
     on. "tf32" allows it everywhere; "tf32conv" in convolutions, but not in matrix products, as the
-    paper's torch 1.12 did; everything else nowhere. torch's own default is "tf32conv"."""
+    paper's torch 1.12 did, and as torch does unless told; any other word, nowhere."""
     torch.backends.cudnn.allow_tf32 = precision in ("tf32", "tf32conv")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
@@ -952,15 +947,7 @@ def write(pen, at, text, size=15, anchor="la", colour="black"):
     """Writes on a sheet. anchor: where the text lies from the point `at`: "l" begins there, "m" is
     centred, "r" ends there; then "a", below it, or "m", centred on it."""
     text = text.encode(errors="replace").decode()              # a name that is no UTF-8
-    try:
-        pen.text(at, text, colour, ImageFont.load_default(size), anchor)
-    except ImportError:                # a Pillow without FreeType: one small font, without anchors
-        text = text.encode("latin-1", "replace").decode("latin-1")
-        font = ImageFont.load_default()
-        _, _, width, height = pen.textbbox((0, 0), text, font)
-        share = {"l": 0, "a": 0, "m": 0.5, "r": 1}
-        x, y = at[0] - share[anchor[0]] * width, at[1] - share[anchor[1]] * height
-        pen.text((x, y), text, colour, font)
+    pen.text(at, text, colour, ImageFont.load_default(size), anchor)
 
 
 def gain_colour(gain, reach):
@@ -990,8 +977,8 @@ def grid(columns, rows, cell, corner, title=""):
 
 
 def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
-    """Draws a table of numbers: each cell green by its gain on its reference, red by its loss; a
-    cell that is None, grey.
+    """Draws a table of numbers. A cell is the greener, the more it exceeds its reference, and the
+    redder, the more it falls short of it; a cell that is None is grey.
 
     rows: [(name, [number or None, ...]), ...]. reference: what a cell is compared with; "first":
     the first row, same column, as stages are with the input; "last": the last column, same row, as
@@ -1012,17 +999,21 @@ def matrix_picture(path, title, columns, rows, outlined=(), reference="first"):
     save_sheet(sheet, path)
 
 
-def strip_picture(path, header, rows, edge=192):
-    """Draws rows of pictures: [(name, [(H,W,3) uint8, ...]), ...], their central edge x edge.
-    The middle is cut out, not shrunk to: shrinking would hide noise, blocks and blur.
+def task_strips(path, model, pairs, device, trained=TASKS, edge=192):
+    """Draws the central edge x edge of the first image of each task. It is cut out, not shrunk to:
+    shrinking would hide noise, blocks and blur. An "ep" model is told which task it is. Tasks that
+    are not in `trained` are marked.
 
-                degraded   restored   truth        the header
-        blur    [      ]   [      ]   [      ]     a row: its name, then its pictures
+                degraded   restored   truth
+        blur    [      ]   [      ]   [      ]
         noise   [      ]   [      ]   [      ]
     """
     left, top, step = 110, 30, edge + 6
-    sheet, _ = grid(header, [name for name, _ in rows], (step, step), (left, top))
-    for i, (_, pictures) in enumerate(rows):
+    names = [task if task in trained else f"{task}\n(not trained)" for task in pairs]
+    sheet, _ = grid(["degraded", "restored", "truth"], names, (step, step), (left, top))
+    for i, (task, examples) in enumerate(pairs.items()):
+        lq, gt = examples[0]
+        pictures = to_image(lq), restored(model, lq, task, device), to_image(gt)   # (H,W,3) each
         for j, picture in enumerate(pictures):
             h, w, _ = picture.shape
             size = min(h, w, edge)       # that of a smaller one is shown larger, pixel by pixel
@@ -1033,23 +1024,12 @@ def strip_picture(path, header, rows, edge=192):
     save_sheet(sheet, path)
 
 
-def task_strips(path, model, pairs, device, trained=TASKS):
-    """degraded | restored | truth for the first image of each task; an "ep" model is told which
-    task it is. Tasks that are not in `trained` are marked."""
-    rows = []
-    for task, examples in pairs.items():
-        lq, gt = examples[0]
-        name = task if task in trained else f"{task}\n(not trained)"
-        rows.append((name, [to_image(lq), restored(model, lq, task, device), to_image(gt)]))
-    strip_picture(path, ["degraded", "restored", "truth"], rows)
-
-
 def compare_picture(path, before, after):
     """before | after, each whole and in its own shape, shrunk to a longer side of 1200 at most.
     before: a PIL image; after: the file that was written, as it shows what is in it: grey as grey,
     and what is transparent on white.
 
-    A person compares pictures; what a task does to pixels is for strip_picture to show.
+    A person compares pictures; what a task does to pixels is for task_strips to show.
     """
     with Image.open(after) as written:
         images = [before.convert("RGBA"), written.convert("RGBA")]
@@ -1063,9 +1043,10 @@ def compare_picture(path, before, after):
 
 
 # ---- Curves: the loss and the learning rate of a training run ------------------------------------
-# A plotter of some forty lines, since the repository needs torch, numpy and pillow alone.
+# A plotter of some fifty lines, since the repository needs torch, numpy and pillow alone.
 
-_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
+_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2",
+            "#7f7f7f")
 _LEFT, _RIGHT = 80, 980                                      # of both panels, in pixels
 
 
@@ -1145,9 +1126,9 @@ def curves_picture(path, title, log, rates, begins):
 # done where that can be known.
 
 def claim(path, endings, args, source=None):
-    """Asked of every file that a command writes for its user, before the work begins: makes its
-    folder. Raises ValueError for an ending of another kind, and where a file would be overwritten:
-    none is without --overwrite, and never `source`, the picture that it is made of."""
+    """To be called before the work begins, for every file that a command will write for its user:
+    makes its folder. Raises ValueError for an ending of another kind, and where a file would be
+    overwritten: none is without --overwrite, and never `source`, the picture that it is made of."""
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path}: the ending must be one of {' '.join(endings)}")
     if source and path.exists() and path.samefile(source):
@@ -1233,18 +1214,15 @@ READ_BY_ALL = ("checkpoint", "weights", "prompts", "overwrite", "max_pixels")
 ENDINGS = {"testsets": (".json",), "prompt_matrix": FORMATS, "table": FORMATS}
 
 
-def check_flags(parser, argv, args):
+def check_flags(parser, args):
     """Sets args.mode; ends the command where a flag is given that this mode does not read.
 
     Someone who adds --expect 30 and forgets --testsets would believe a check that never ran.
     """
     args.mode = next(mode for mode in COMMANDS if mode == "table" or getattr(args, mode))
     read = (args.mode, *COMMANDS[args.mode][1], *READ_BY_ALL)
-    # Parse again into a namespace whose fields all exist and are None. argparse fills in a default
-    # only where a field is missing, so whatever is not None now was typed by the user.
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
-    for name, value in vars(typed).items():
-        if value is not None and name not in read:
+    for name, value in vars(args).items():
+        if name not in ("mode", *read) and value != parser.get_default(name):
             readers = [f"--{mode}" for mode, (_, flags) in COMMANDS.items() if name in flags]
             hint = f": it goes with {' or '.join(readers)}" if readers else ""
             text = f"--{name} is of no use for --{args.mode}{hint}".replace("_", "-")
@@ -1262,15 +1240,18 @@ def check_paths(args):
     written, before the model is loaded."""
     checkpoint = Path(args.checkpoint)
     if checkpoint.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{checkpoint} is a picture, not a checkpoint; give it as --input")
+        raise ValueError(f"{checkpoint} is a picture, not a checkpoint; give it, or a folder "
+                         "of pictures, as --input")
     if not checkpoint.exists():
         runs = ", ".join(str(run.parent) for run in sorted(Path("runs").glob("*/last.pt")))
         raise ValueError(f"{checkpoint}: No such file; runs there are: {runs or 'none yet'}")
     for folder in (args.images, args.depth, args.testsets, *(args.pairs or ())):
         if folder is not None:
             require_folder(folder)
-    if args.input and not Path(args.input).exists():
-        raise ValueError(f"--input {args.input}: No such file or folder")
+    for flag in ("input", "classifier", "prompts"):
+        path = getattr(args, flag)
+        if path and not Path(path).exists():
+            raise ValueError(f"--{flag} {path}: No such file or folder")
     if args.output and args.mode in ENDINGS:
         claim(Path(args.output), ENDINGS[args.mode], args)
 
@@ -1293,19 +1274,19 @@ def arguments(argv):
     add("--overwrite", action="store_true", help="replace files that are there (default: refuse)")
     add("--weights", choices=("raw", "ema"), default="raw", help="default: raw, as in the paper")
     add("--export", metavar="FILE", help="write the model's weights alone, in half precision")
-    add("--max-pixels", type=int, metavar="N", help="of a picture (default: pillow's, 89 millions)")
+    add("--max-pixels", type=int, metavar="N", help="of a picture, at most (default: 89 millions)")
     add = parser.add_argument_group("restore").add_argument
     add("--input", metavar="PATH", help="a picture, or a folder of pictures; needs --output")
     add("--task", type=task_or_auto, help=f"one of {', '.join(TASKS)}; or a mixture, such as "
         "noise:0.7,jpeg:0.3 (default: auto, the classifier's)")
     add("--classifier", metavar="FILE", help="for --task auto (default: the one in assets/)")
     add("--compare", action="store_true", help="also write before/after pictures (default: no)")
-    add("--tile", type=int, metavar="N", help="their edge; 0: whole (default: 512 above a megapixel"
-        ", in --testsets 0)")
+    add("--tile", type=int, metavar="N", help="restore in tiles of N x N pixels; 0: whole "
+        "(default: 512 above a megapixel; with --testsets 0)")
     add = parser.add_argument_group("score").add_argument
     add("--images", metavar="DIR", help="photos to degrade (default: eight built-in images)")
     add("--depth", metavar="DIR", help="depth maps of --images, for haze (default: a prior)")
-    add("--seed", type=int, default=0, help="of the degradations (default: 0)")
+    add("--seed", type=int, default=0, help="decides how they are degraded (default: 0)")
     add("--pairs", nargs=2, metavar=("LQ", "GT"), help="one's own two folders, matched by name")
     add = parser.add_argument_group("test sets").add_argument
     add("--testsets", metavar="DIR", help="the published test sets, whichever are in this folder")
@@ -1315,12 +1296,8 @@ def arguments(argv):
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt-matrix", action="store_true", help="score each task's images with each prompt")
     add("--prompts", metavar="NPY", help="type7.npy, for a published checkpoint with prompt ep")
-    args, rest = parser.parse_known_args(argv)
-    several = [word for word in (args.checkpoint, *rest) if Path(word).suffix.lower() in SUFFIXES]
-    if args.input and several and not any(word.startswith("--") for word in rest):
-        parser.error("--input takes one picture or a folder: DIR, not DIR/*.png")
     args = parser.parse_args(argv)
-    check_flags(parser, argv, args)
+    check_flags(parser, args)
     return args
 
 

@@ -35,7 +35,6 @@ files, and the names of published weights.
 import contextlib
 import functools
 import math
-import operator
 import re
 from pathlib import Path
 
@@ -137,16 +136,15 @@ class Backbone(nn.Module):
         if prompt not in (None, "ep", "ap"):
             raise ValueError(f"unknown prompt {prompt!r}: choose None, 'ep' (explicit) or 'ap'")
         self.prompt = prompt
+        if prompt is not None:
+            self.path = PromptPath(1 if prompt == "ep" else 3, sites, prompt_width)
         if prompt == "ep":
             # What the images show means nothing, only that they differ; uniform noise, as
             # published. A buffer, so saved: another set of prompts would be another model.
-            self.path = PromptPath(1, sites, prompt_width)
             # (Drawn as float32 on the CPU, so that they are the same whatever defaults torch has.)
             images = torch.rand(len(TASKS), 128, 128, generator=torch.Generator().manual_seed(0),
                                 dtype=torch.float32, device="cpu")
             self.register_buffer("prompts", torch.empty(images.shape).copy_(images))
-        if prompt == "ap":
-            self.path = PromptPath(3, sites, prompt_width)
 
     def read_prompt(self, x, task=None):
         """{site: (scale, shift)} for these images, or None for a plain model.
@@ -459,7 +457,7 @@ class PromptIR(Restormer):
     def __init__(self, prompt=None, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8),
                  expansion=2.66, prompt_dims=(64, 128, 320), prompt_sizes=(64, 32, 16)):
         if prompt is not None:
-            raise ValueError("promptir has prompts of its own: build it without a prompt")
+            raise ValueError("it has prompts of its own: build it without a prompt")
         d2, d3, d4 = 2 * dim, 4 * dim, 8 * dim
         super().__init__(None, dim, blocks, refinement, heads, expansion, up3_from=d3)
         (p1, p2, p3), (s1, s2, s3) = prompt_dims, prompt_sizes
@@ -547,15 +545,12 @@ class WindowAttention(nn.Module):
         some of its kernels do not take at once.
         """
         bias = self.bias_table[self.index].permute(2, 0, 1)                     # (heads,T,T)
+        if torch.compiler.is_compiling():          # a graph of free size can't hold the loop
+            return self.attend(t, bias, mask)
         few = max((32 if t.device.type == "cpu" else 2048) // len(t), 1)        # of each image
-        if t.shape[1] <= few or torch.compiler.is_compiling():
-            return self.attend(t, bias, mask)      # (a graph of free size can't hold the loop)
-        parts = []
-        for first in range(0, t.shape[1], few):
-            some = slice(first, first + few)
-            part_mask = None if mask is None else mask[some]
-            parts.append(self.attend(t[:, some], bias, part_mask))
-        return torch.cat(parts, 1)
+        masks = [None] * t.shape[1] if mask is None else mask.split(few)
+        parts = zip(t.split(few, 1), masks)
+        return torch.cat([self.attend(part, bias, part_mask) for part, part_mask in parts], 1)
 
     def attend(self, t, bias, mask):
         """The same for all these windows at once."""
@@ -844,10 +839,8 @@ def build_model(arch, prompt=None, **overrides):
     Raises ValueError for an unknown arch, prompt or override, and for promptir with a prompt."""
     if arch not in MODELS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(MODELS)}")
-    try:
+    with blamed_on(arch):
         return MODELS[arch](prompt, **overrides)
-    except TypeError as error:
-        raise ValueError(f"{arch}: {error}") from None
 
 
 # ---- Restoring a whole image (the published test protocol; README, "Reproduce") ---------------
@@ -860,8 +853,6 @@ def reflect_pad(x, left, right, top, bottom):
         at = torch.arange(-before, size + after, device=x.device) % period
         return torch.minimum(at, period - at)
     h, w = x.shape[2:]
-    if not (left or right or top or bottom):
-        return x                                   # F.pad would copy it
     if max(left, right) < w and max(top, bottom) < h:
         return F.pad(x, (left, right, top, bottom), mode="reflect")             # the same, faster
     return x[:, :, reflected(h, top, bottom)][:, :, :, reflected(w, left, right)]
@@ -931,6 +922,7 @@ def restore(model, x, task=None, tile=None, overlap=None, report=None, classifie
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"restore takes (N,3,H,W) with H, W >= 1, not {tuple(x.shape)}")
     # A network's own output may leave [0,1] a little; 0 .. 255 is far outside. NaN fails, too.
+    # (Here `restore` waits for the GPU, once a picture; a forward pass never does.)
     if not x.is_floating_point() or not (x.is_meta or x.abs().max() <= 2):
         raise ValueError(f"restore takes floats in [0,1], not {x.dtype} up to {x.max():g}; "
                          "divide by 255")
@@ -996,12 +988,12 @@ def to_batch(x, like):
     picture = isinstance(x, Image.Image)
     if picture:
         refuse_deep_grey(x.mode)
-        x = np.asarray(upright(x).convert("L" if x.mode == "L" else "RGB"))
-    shape, kind = getattr(x, "shape", ()), str(getattr(x, "dtype", type(x).__name__))
-    grey = len(shape) == 2
-    if not (grey or shape[2:] == (3,)) or kind not in ("uint8", "float16", "float32", "float64"):
+        x = upright(x).convert("L" if x.mode == "L" else "RGB")
+    x = np.asarray(x)
+    grey, kind = x.ndim == 2, str(x.dtype)
+    if not (grey or x.shape[2:] == (3,)) or kind not in ("uint8", "float16", "float32", "float64"):
         raise ValueError("restore takes a path, a PIL image, a tensor or an array (H,W,3) or (H,W) "
-                         f"of uint8 or floats, not {shape} of {kind}")
+                         f"of uint8 or floats, not {x.shape} of {kind}")
     full = 255 if kind == "uint8" else 1           # floats beyond [0,1] are for restore to refuse
     if grey:                                       # to the network, three equal channels
         x = np.stack((x, x, x), 2)                                              # (H,W,3)
@@ -1040,20 +1032,22 @@ def task_tensor(model, task, images):
     """A task as `restore` takes it -> the tensor for model(x, task=task): a LongTensor of rows,
     (1,) or (N,), or weights, (1,7) or (N,7); or None. ValueError for what this model can't take."""
     prompts = getattr(model, "prompts", None)      # plain, "ap" and some foreign networks have none
-    count = len(prompts) if torch.is_tensor(prompts) else None
-    rows = f"a row, 0 to {(count or len(TASKS)) - 1}"
+    count = len(prompts if torch.is_tensor(prompts) else TASKS)
     if isinstance(task, str):
         weights = parse_task(task)
-        if count not in (None, len(TASKS)) and not hasattr(model, "read_prompt"):
+        if count != len(TASKS) and not hasattr(model, "read_prompt"):
             raise ValueError(f"task {task!r}: names are those of TASKS, {len(TASKS)} in number; "
-                             f"this network has {count} prompts of its own: give {rows}")
+                             f"this network has {count} prompts of its own: give a row, 0 to "
+                             f"{count - 1}")
         task = TASKS.index(task) if task in TASKS else weights
-    if hasattr(task, "__index__") and not isinstance(task, (bool, torch.Tensor)):
-        task = torch.tensor([operator.index(task)], device="cpu")      # 2, or numpy's int64(2)
     if not isinstance(task, (torch.Tensor, type(None))):
-        raise ValueError(f"task {task!r}: give auto, a name of TASKS, {rows}, a mixture such as "
-                         "noise:0.7,jpeg:0.3, or a tensor as Backbone.read_prompt takes it")
-    if task is not None and count:
+        try:
+            task = torch.tensor([task], device="cpu")                  # 2, or numpy's int64(2)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"task {task!r}: give auto, a name of TASKS, a row, a mixture such as "
+                             "noise:0.7,jpeg:0.3, or a tensor as Backbone.read_prompt takes "
+                             "it") from None
+    if task is not None and torch.is_tensor(prompts):
         check_task(task.cpu() if task.is_cuda else task, images, count)
     return task
 
@@ -1125,7 +1119,7 @@ def classify(classifier, x, damaged=False):
     if damaged:
         logits = logits[:len(TASKS)]                       # "none" comes last
     sure, row = logits.softmax(0).max(0)
-    return classifier.answers[row.item()], sure.item()
+    return classifier.answers[row.item()], sure.item()     # waits for the GPU
 
 
 def choose_task(classifier, x):
@@ -1277,19 +1271,16 @@ def load_model(path, weights="raw", device="cpu", prompts=None):
 
 
 @contextlib.contextmanager
-def blamed_on(path, reason=None):
+def blamed_on(what, reason=None):
     """Around work on a file, or a part of it: what goes wrong becomes a ValueError that names it.
     (What a hostile file makes torch and Python raise can't be listed.) reason: said in place of
     the error's own words, but for those of the operating system, "No such file or directory"."""
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except KeyError as error:
-        raise ValueError(f"{path}: {reason or f'key {error} is missing'}") from None
     except Exception as error:
-        words = str(error).strip() or type(error).__name__
-        raise ValueError(f"{path}: {reason or words.splitlines()[0][:900]}") from None
+        words = f"key {error} is missing" if isinstance(error, KeyError) else str(error).strip()
+        words = getattr(error, "strerror", None) or reason or words or type(error).__name__
+        raise ValueError(f"{what}: {words.splitlines()[0][:900]}") from None
 
 
 def model_for(info, state):
@@ -1298,7 +1289,7 @@ def model_for(info, state):
     if info["arch"] == "classifier":
         return build_classifier(**info["sizes"])
     model = build_model(info["arch"], info["prompt"], **info["sizes"])
-    if info["prompt"] == "ep" and not info.get("published"):
+    if info["prompt"] == "ep" and "prompts" in state:
         count = len(state["prompts"])
         if count > len(TASKS):
             raise ValueError(f"was trained on {count} tasks, and this program knows {len(TASKS)}; "
@@ -1309,44 +1300,27 @@ def model_for(info, state):
 
 # ---- What a file may hold: its writer is not known, and may mean harm ----------------------------
 
-# {field: its kind}: a type; a tuple of kinds, one of which it is; [kind], a list of such; {kind:
-# kind}, a dict. Only the optimiser's state may be missing: a file to restore with is smaller.
-_NUMBER = (int, float, bool)
-_FIELDS = {"arch": str, "prompt": (str, type(None)), "sizes": {str: (*_NUMBER, [_NUMBER])},
-           "facts": dict, "stage": int, "iteration": int, "optimizer": dict, "raw": dict,
-           "ema": dict, "table": [[(str, {str: (*_NUMBER, type(None))})]]}
-_FACTS = {"order": [[str]], "periods": [[int]]}    # each stage's tasks, and periods
-
-
-def is_of_kind(value, kind):
-    """Whether a value from a file is of a kind, as _FIELDS writes it."""
-    if isinstance(kind, list):
-        return isinstance(value, (list, tuple)) and all(is_of_kind(v, kind[0]) for v in value)
-    if isinstance(kind, dict):
-        (key, inside), = kind.items()
-        return isinstance(value, dict) and all(
-            is_of_kind(k, key) and is_of_kind(v, inside) for k, v in value.items())
-    if isinstance(kind, tuple):
-        return any(is_of_kind(value, one) for one in kind)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
 def check_fields(saved):
-    """Raises ValueError where a checkpoint of train.py is not what `Run.save` writes, KeyError for
-    what it lacks. The optimiser's state is not looked into: only train.py loads it."""
-    for part, kinds in ((saved, _FIELDS), (saved["facts"], _FACTS)):
-        for name, kind in kinds.items():
-            value = part.get(name, {}) if name == "optimizer" else part[name]
-            if not is_of_kind(value, kind):
-                raise ValueError(f"{name} is not what train.py writes there")
-    if any([type(cell) for cell in row] != [str, dict] for row in saved["table"]):
-        raise ValueError("table is not what train.py writes there: rows of a name and numbers")
-    stage, stages, iteration = saved["stage"], len(saved["facts"]["periods"]), saved["iteration"]
-    if not 0 <= stage <= stages or iteration < 0:
-        raise ValueError(f"stage {stage} of {stages}, iteration {iteration}: there is none such")
+    """Raises ValueError where a checkpoint of train.py is not what `Run.save` writes: most fields
+    are used here as they will be later, and what goes wrong then names the field. The optimiser's
+    state is not looked into: only train.py loads it."""
+    with blamed_on("facts (order, periods)"):
+        order, periods = saved["facts"]["order"], saved["facts"]["periods"]
+        for tasks, iterations in zip(order, periods, strict=True):     # of each stage
+            ", ".join(tasks), sum(iterations)
+    with blamed_on("table"):
+        for name, row in saved["table"]:
+            f"{name:s}", [f"{number or 0:f}" for number in row.values()]
+    stage, iteration = saved["stage"], saved["iteration"]
+    if not (type(stage) is type(iteration) is int and 0 <= stage <= len(order) and iteration >= 0):
+        raise ValueError(f"stage {stage} of {len(order)}, iteration {iteration}: there is "
+                         "none such")
+    if not isinstance(saved.get("optimizer", {}), dict):       # a file to restore with has none
+        raise ValueError("optimizer is not what train.py writes there")
     for weights in ("raw", "ema"):
-        check_weights(saved[weights])
-        check_sizes(saved, saved[weights])
+        with blamed_on(weights):
+            check_weights(saved[weights])
+            check_sizes(saved, saved[weights])
 
 
 def check_weights(state):
@@ -1366,22 +1340,17 @@ def check_weights(state):
 
 def check_sizes(info, state):
     """Raises ValueError unless a model of info's arch, prompt and sizes has exactly the tensors of
-    state. Nothing of the stated size is made for that.
-
-    First each size is compared with what is there: how many blocks, with the number of tensors; how
-    wide, with the longest of their sides. Then the model is built on torch's meta device, where
-    tensors have a shape but no numbers.
-    """
-    widest = max((max(value.shape, default=1) for value in state.values()), default=0)
-    for name, value in info["sizes"].items():
-        numbers = value if isinstance(value, (tuple, list)) else [value]
-        many = name in ("blocks", "depths", "refinement")
-        asked = sum(numbers) + len(numbers) if many else max(numbers, default=0)
-        if not all(number >= 0 for number in numbers) or asked > (len(state) if many else widest):
-            raise ValueError(f"size {name} does not fit the weights")
-    with torch.device("meta"), blamed_on("arch, prompt and sizes"):
-        model = model_for(info, state)
-    fill(model.state_dict(), state)
+    state. Nothing of the stated size is made for that: the model is built on torch's meta device,
+    where tensors have a shape but no numbers. Before, its blocks are counted, each of which takes
+    time to build, and none of which is without tensors."""
+    with blamed_on("arch, prompt and sizes"):
+        for name in ("blocks", "depths", "refinement"):        # a number, or one for each stage
+            count = torch.tensor(info["sizes"].get(name, 0), dtype=torch.float64, device="cpu")
+            if not (count.min() >= 0 and count.sum() + count.numel() <= len(state)):
+                raise ValueError(f"size {name} does not fit the weights")
+        with torch.device("meta"):
+            model = model_for(info, state)
+        fill(model.state_dict(), state)
     # Tables that are not stored, such as a window's index, must be small beside the weights.
     stored = sum(value.numel() for value in state.values())
     if sum(table.numel() for table in model.buffers()) > 10 ** 7 + 10 * stored:
@@ -1393,12 +1362,11 @@ def fill(slots, state):
     """Copies state into slots, both {name: tensor}. ValueError, and nothing is copied, where a name
     is missing or unexpected or has another shape. (Slots on the meta device are only compared.)"""
     faults = [f"unexpected {name}" for name in state if name not in slots]
-    for name, slot in slots.items():
-        if name not in state:
-            faults.append(f"missing {name}")
-        elif state[name].shape != slot.shape:
-            found, due = tuple(state[name].shape), tuple(slot.shape)
-            faults.append(f"mis-shaped {name}: {found}, not {due}")
+    faults += [f"missing {name}" for name in slots if name not in state]
+    shapes = {name: (tuple(state[name].shape), tuple(slots[name].shape))
+              for name in slots if name in state}
+    faults += [f"mis-shaped {name}: {found}, not {due}"
+               for name, (found, due) in shapes.items() if found != due]
     if faults:                                     # a wrong model has hundreds: nine are shown
         raise ValueError(f"{len(faults)} weights do not fit the model: {'; '.join(faults[:9])}")
     for name, slot in slots.items():
@@ -1445,10 +1413,9 @@ def recognise(state):
     """
     for arch, (ours, theirs) in _MARKS.items():
         if ours in state or theirs in state:
-            prompt = None
-            for value in state.values():
-                if value.shape[2:] == (7, 7):      # F_ext alone has such kernels, (64,1 or 3,7,7)
-                    prompt = "ep" if value.shape[1] == 1 else "ap"              # grey, or x
+            # F_ext alone has such kernels: (64,1,7,7) for a grey prompt, (64,3,7,7) for x.
+            channels = {value.shape[1] for value in state.values() if value.shape[2:] == (7, 7)}
+            prompt = None if not channels else "ep" if 1 in channels else "ap"
             none = len(state.get("head.bias", [])) == len(ANSWERS)
             return {"arch": arch, "prompt": prompt, "sizes": {"none": True} if none else {},
                     "published": ours not in state}
@@ -1462,16 +1429,14 @@ def load_official(model, state_dict, prompts=None):
     "module." prefix. prompts: (7,128,128) array, the images of a published "ep" model (type7.npy).
     Raises ValueError that names missing, unexpected and mis-shaped keys. Returns the model.
     """
-    arch = {network: name for name, network in MODELS.items()}.get(type(model), "classifier")
+    arch = next((name for name in ARCHS if type(model) is MODELS[name]), "classifier")
     state = _unwrap(state_dict, "raw")
     slots = by_published_names(arch, model, model.state_dict())                 # where to copy to
     if prompts is None:
         slots.pop("prompts", None)                 # the model keeps those that it has
     else:                                          # they keep their name
-        kind = str(getattr(prompts, "dtype", type(prompts).__name__))
-        if "float" not in kind:
-            raise ValueError(f"prompts take an array of floats, not of {kind}")
-        state["prompts"] = torch.as_tensor(prompts, device="cpu")
+        with blamed_on("prompts"):
+            state["prompts"] = torch.as_tensor(prompts, device="cpu")
     check_weights(state)
     fill(slots, state)
     return model
@@ -1517,26 +1482,19 @@ _NAMES = {
 }
 
 
-def _published_parts(arch, model):
-    """_NAMES for a model, written out: {"encoder.0": "encoder_level1", ...}. 16 of each kind, as
-    many as SRResNet has blocks."""
+def by_published_names(arch, model, tensors):
+    """{our name: tensor} -> {published name: tensor}: the same tensors, or views of them, so that
+    what is copied into the result is in ours. Prompt images keep their name."""
     plain = arch == "srresnet" and model.prompt is None
     table = _NAMES["srresnet without prompt" if plain else arch]
     if arch == "promptir":
         table = _NAMES["restormer"] | table
-    parts = {}
-    for n in range(16):
-        for k in ("scale", "shift"):
-            values = dict(n=n, n1=n + 1, n2=n + 2, k=k)
-            for ours, theirs in table.items():
+    parts = {}                                     # {"encoder.0": "encoder_level1", ...}
+    for ours, theirs in table.items():
+        for n in range(16):                        # as many as SRResNet has blocks
+            for k in ("scale", "shift"):
+                values = dict(n=n, n1=n + 1, n2=n + 2, k=k)
                 parts[ours.format(**values)] = theirs.format(**values)
-    return parts
-
-
-def by_published_names(arch, model, tensors):
-    """{our name: tensor} -> {published name: tensor}: the same tensors, or views of them, so that
-    what is copied into the result is in ours. Prompt images keep their name."""
-    parts = _published_parts(arch, model)
     # One pass over a name, the longest part first: what has been replaced is not looked at again.
     longest_first = "|".join(map(re.escape, sorted(parts, key=len, reverse=True)))
     part = re.compile(rf"(?<![^.])({longest_first})(?![^.])")          # between two dots, or ends

@@ -15,9 +15,9 @@ Glossary
     iteration t    one step of the optimiser on one batch; counted from 0 within its stage
     period         iterations of one cosine of the learning rate
     stage          a set of tasks and the periods it is trained for
-    schedule       the list of stages; of a mixed run it has one
+    schedule       the list of stages; a mixed run has one stage
     run            one training, from the first stage to the last, however often it is interrupted
-    batch          samples of one iteration over all processes; a part of it: --accumulate
+    batch          the samples of one iteration, over all processes; --accumulate cuts it into parts
     raw, EMA       the weights as the optimiser leaves them, and their running average
     lq, gt         degraded and true crops, (N,3,crop,crop) in [0,1]; task: rows of TASKS, (N,)
 
@@ -46,6 +46,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -182,9 +183,9 @@ def lr_at(iteration, periods, base_lr, eta_min):
 # ---- Which task, which crop ----------------------------------------------------------------------
 #
 # A sample is what the processor prepares, a crop and the random numbers for its degradation; the
-# degrading itself happens a batch at a time on the training device. With the same images, tasks and
-# batch, a sample depends on (seed, stage, t, i) alone, t the iteration and i its place, whoever
-# computes it: so a resumed run, or one on more GPUs, sees what the undisturbed run sees.
+# degrading itself happens a batch at a time on the training device. With the same images, tasks,
+# batch and crop, a sample depends on (seed, stage, t, i) alone, t the iteration and i its place,
+# whoever computes it: so a resumed run, or one on more GPUs, sees what the undisturbed run sees.
 #
 # The published data degrade whole images and crop afterwards. A crop degraded alone would differ:
 # JPEG's grid would start at its corner, blur and rain would see its border, haze its own depth. So
@@ -218,8 +219,8 @@ def sample(source, tasks, crop, batch, key):
     source: {"photos": ImageCache; a task: the images of --pairs}, one or both. tasks: those of the
     stage. crop: edge in pixels. batch: the whole one. key: (seed, stage, t, i).
 
-    The order in which numbers are drawn here is a contract: it decides the bits of every run. Who
-    needs one more draws it last, or from a generator of its own.
+    The order in which numbers are drawn here is a contract: it decides the bits of every run. One
+    more number is to be drawn last, or from a generator of its own.
     """
     seed, stage, t, i = key
     task = task_of(tasks, t, i, batch)
@@ -377,7 +378,7 @@ def iterate(run, net, parts, machine, lr, asked):
     # same in all of them already.
     wish = torch.full((1,), float(asked), device=machine.device)
     told = torch.cat((losses, norm[None] / machine.world, wish))                # (batch + 2,)
-    *losses, norm, wish = machine.sums(told)       # waits for the GPU
+    *losses, norm, wish = machine.sums(told)
     refuse_what_is_not_finite(run, losses, norm)   # before the weights change
     run.optimizer.step()
     update_ema(run.ema, run.model, recipe["ema"])
@@ -408,10 +409,6 @@ def run_stages(run, net, source, machine, log):
             log.add(run, losses, norm, lr)
             if run.iteration % recipe["save_every"] == 0:
                 run.save()
-            due = args.val_every and run.iteration % args.val_every == 0
-            if due and run.iteration < stage.iterations:    # a stage's end is validated below
-                validate(run, pairs, machine, log)
-                net.train()
             if stop:
                 stopped(run, log)
 
@@ -423,7 +420,7 @@ def run_stages(run, net, source, machine, log):
         if run.leads:
             show_table(run, log)
     if run.leads:
-        finish(run, pairs, log, machine)
+        finish(run, pairs, log, machine.device)
 
 
 # ==================================================================================================
@@ -456,7 +453,7 @@ def striped_prompts():
 #     4  SPECIAL[preset, arch]    where 3 suits 1 badly     lr 1.5e-3
 #     5  --lr --batch ...         the user's own            -
 #
-# leaves, validate: (how many, edge in pixels) of the training images if there is no --data, and of
+# leaves, validate: (how many, edge in pixels) of the dead leaves to train on without --data, and of
 # the validation images. prompts: what makes the "ep" prompts; the paper's random ones where nothing
 # is said.
 
@@ -525,7 +522,7 @@ def schedule_of(args):
 
 
 def name_of(args):
-    """Of a run, and of its folder where --out does not say otherwise."""
+    """The name of a run; its folder is called so, too, where --out does not say otherwise."""
     words = [args.arch, "seq" if args.seq else "mixed", args.order, args.prompt or "plain"]
     if args.arch == "classifier":
         words = [args.arch]
@@ -547,7 +544,7 @@ def sample_as_kept(source, tasks, crop, batch, key):
         item = clean_sample(source["photos"], crop + MARGIN, g)
     else:
         item = sample(source, tasks, crop, batch, key)
-    if "lq" in item:                               # of --pairs: it is kept as it is
+    if "lq" in item:                               # of --pairs: stays as somebody has made it
         return item
     item["grey"] = below(4, g) == 0
     item["saved"] = 85 + below(14, g) if below(3, g) == 0 and item["task"] != "jpeg" else 0
@@ -643,20 +640,20 @@ class Stream(torch.utils.data.Dataset):
         self.branches = len(drop_paths(run.model))
 
     def __getitem__(self, t):
-        return [Part([self.whole_sample((*self.position, t, i)) for i in rows])
-                for rows in self.rows]
-
-    def whole_sample(self, key):
-        """With the numbers for drop path, which only the network needs."""
-        return {**self.sample(key), "draws": drop_path_draws(self.branches, key)}
+        parts = []
+        for rows in self.rows:
+            keys = [(*self.position, t, i) for i in rows]
+            parts.append(Part([{**self.sample(key), "draws": drop_path_draws(self.branches, key)}
+                               for key in keys]))
+        return parts
 
 
 def batches(run, source, machine):
     """Yields (t, [(rows of the batch, Part), ...]) for the rest of run.stage. Raises ValueError
-    that names a file gone bad."""
+    that says why a batch could not be prepared, as by a file gone bad or a worker killed."""
     on_gpu, workers = machine.device.type == "cuda", run.args.workers
     if workers is None:                            # up to 8, where there are cores for them
-        workers = min(8, usable_cores() // machine.beside) if on_gpu else 0
+        workers = min(8, usable_cores() // machine.local_world) if on_gpu else 0
     # A stage that was begun goes on at run.iteration: nothing before it has to be drawn again.
     ahead = range(run.iteration, run.schedule[run.stage].iterations)
     # batch_size=None: an item of Stream is a batch already; collate_fn=list: leave it as it is.
@@ -669,7 +666,7 @@ def batches(run, source, machine):
         except (ValueError, OSError, RuntimeError) as error:
             # A worker's error comes with its traceback, of which the last line says what happened;
             # a worker that was killed (out of memory, often) is a RuntimeError of the loader.
-            raise run.failed(str(error).splitlines()[-1]) from None
+            raise run.failed(f"{run.place}: {str(error).splitlines()[-1]}") from None
         yield t, list(zip(machine.rows_of(run.recipe["batch"]), parts))
 
 
@@ -711,7 +708,7 @@ def _make_pair(lq, gt):
 
 def open_images(args, say):
     """The images to train on, {"photos": ImageCache of --data, dead leaves or both; a task: that
-    of --pairs}. They are decoded once, into a cache beside the run or in --cache."""
+    of --pairs}. They are decoded once, into OUT/cache or --cache."""
     recipe, folder, source = args.recipe, args.cache or Path(args.out) / "cache", {}
     own = None
     if args.pairs:
@@ -729,98 +726,84 @@ def open_images(args, say):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def flags_of_the_paper(add):
-    """What the paper varies."""
+def parse(argv=None):
+    """The command line: a namespace of the flags, with the recipe that follows from them. None
+    mostly stands for what the recipe says. Exits with one line where flags are unknown, contradict
+    each other, or are out of range."""
+    parser = OneLineParser("train.py", description=__doc__.partition("\nGlossary")[0])
+    add = parser.add_argument_group("what the paper varies").add_argument
     add("--arch", default="restormer", choices=RECIPES, help="a backbone, or classifier")
     add("--seq", action="store_true", help="one task more per stage (default: mixed, all at once)")
     add("--prompt", nargs="?", const="ep", choices=("ep", "ap"),
         help="tell the task: ep (explicit; also --prompt alone) or ap (adaptive)")
     add("--order", help="tasks to train, letters of s b n j r h d (default: the paper's order)")
-
-
-def flags_of_length_and_images(add):
-    """How long, on what, from where to where. None mostly means: as the recipe says."""
+    add = parser.add_argument_group("how long, on what").add_argument
     add("--preset", choices=PRESETS, help="default: paper with --data or --pairs, demo without")
     add("--data", nargs="+", metavar="DIR", help="folders of photos (default: dead leaves)")
     add("--depth", metavar="DIR", help="depth maps of the photos, matched by name, for haze")
-    add("--leaves", type=int, help="dead leaves, also beside --data (default without: by preset)")
+    add("--leaves", type=int, metavar="N", help="train on N dead leaves, or add N to --data "
+        "(default: the preset's number without --data, none with it)")
     add("--pairs", nargs=3, metavar=("LQ", "GT", "TASK"),
         help="train TASK on these folders' degraded and true photos, matched by name")
     add("--init", metavar="CKPT", help="fine-tune these weights, of train.py or published")
-    add("--init-weights", default="raw", choices=("raw", "ema"), help="which of them")
+    add("--init-weights", default="raw", choices=("raw", "ema"), help="of CKPT (default: raw)")
     add("--prompts", metavar="NPY", help="type7.npy, where --init is a published 'ep' model")
     add("--period", type=int, help="iterations of a cosine period (default: by preset)")
     add("--lr", type=float, help="learning rate at a period's start (default: by preset)")
     add("--batch", type=int, help="crops of an iteration, over all processes (default: by preset)")
     add("--crop", type=int, help="edge of a crop in pixels (default: by preset)")
-    add("--seed", type=int, default=0, help="of weights, images, crops and degradations")
+    add("--seed", type=int, default=0, help="decides first weights, images, crops, degradations")
     add("--out", metavar="DIR", help="where results go (default: runs/ and the run's name)")
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--print-plan", action="store_true", help="print the schedule and stop")
-
-
-def flags_of_computing(add):
-    """How it is computed: faster, or in less memory. What is computed stays the same but for
-    rounding. (bf16 keeps 8 bits of a number in convolutions and matrix products; data, weights and
-    Adam stay float32. fp16 is not offered, as SwinIR's activations overflow it.)"""
+    # What is computed stays the same but for rounding. (bf16 keeps 8 bits of a number in
+    # convolutions and matrix products; data, weights and Adam stay float32. fp16 is not offered,
+    # as SwinIR's activations overflow it.)
+    add = parser.add_argument_group("how it is computed").add_argument
     add("--precision", default="fp32", choices=("fp32", "tf32conv", "tf32", "bf16"),
         help="of the network; tf32conv: TF32 for convolutions alone, as the paper's torch 1.12")
     add("--compile", action="store_true", help="torch.compile the network; needs a C++ compiler")
     add("--checkpointing", action="store_true", help="less memory: activations are computed twice")
     add("--accumulate", type=int, default=1, metavar="N", help="less memory: a batch in N parts")
-    add("--workers", type=int, help="that prepare samples (default: with a GPU 8, else 0)")
+    add("--workers", type=int, metavar="N", help="processes that prepare samples (default: with a "
+        "GPU one a core, 8 at most; else 0)")
     add("--cache", metavar="DIR", help="where decoded images go (default: OUT/cache)")
     add("--save-every", type=int, help="iterations between checkpoints (default: by preset)")
-    add("--val-every", type=int, default=0, help="also validate every so many iterations")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-
-
-def parse(argv=None):
-    """The command line: a namespace of the flags, with the recipe that follows from them, and the
-    command as one would type it. Exits with one line where flags are unknown or contradict."""
-    parser = OneLineParser("train.py", description=__doc__)
-    for title, flags in (("what the paper varies", flags_of_the_paper),
-                         ("how long, on what", flags_of_length_and_images),
-                         ("how it is computed", flags_of_computing)):
-        flags(parser.add_argument_group(title).add_argument)
     args = parser.parse_args(argv)
     # Without photographs there is no paper's recipe to repeat.
     args.preset = args.preset or ("paper" if args.data or args.pairs else "demo")
     args.recipe = recipe_of(args)
-    for problem in contradictions(args):
-        parser.error(problem)
     args.out = args.out or f"runs/{name_of(args)}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # A notebook calls main([...]), and its own sys.argv says nothing.
-    typed = sys.argv[1:] if argv is None else list(argv)
-    args.command = [sys.argv[0] if typed == sys.argv[1:] else "train.py", *typed]
+    refuse_contradictions(args, parser.error)
     return args
 
 
-def contradictions(args):
-    """Yields what argparse can't know: flags that contradict each other, and numbers out of range.
-    Each a line that names the flag and the mend."""
+def refuse_contradictions(args, refuse):
+    """Calls refuse(text) for what argparse can't know: flags that contradict each other, and
+    numbers out of range. A text names the flag and the mend."""
     if args.arch == "classifier" and (args.prompt or args.seq or args.order):
-        yield "--arch classifier sees all tasks; leave --seq, --order and --prompt out"
+        refuse("--arch classifier sees all tasks; leave --seq, --order and --prompt out")
     for name, goes_with in (("depth", "data"), ("prompts", "init")):    # else never looked at
         if getattr(args, name) and not getattr(args, goes_with):
-            yield f"--{name} {getattr(args, name)}: it goes with --{goes_with}"
+            refuse(f"--{name} {getattr(args, name)}: it goes with --{goes_with}")
     trained = [LETTERS.get(letter) for letter in args.order or LETTERS]
     if args.pairs and args.pairs[2] not in trained:
-        yield (f"--pairs LQ GT {args.pairs[2]}: TASK must be one that is trained, "
+        refuse(f"--pairs LQ GT {args.pairs[2]}: TASK must be one that is trained, "
                f"{', '.join(filter(None, trained))}")
     multiple = CROP_MULTIPLE.get(args.arch, 1)
     if args.recipe["crop"] % multiple:
-        yield f"--crop {args.recipe['crop']}: {args.arch} needs a multiple of {multiple}"
-    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, val_every=0,
-                            batch=1, crop=16, lr=1e-9).items():
+        refuse(f"--crop {args.recipe['crop']}: {args.arch} needs a multiple of {multiple}")
+    for name, least in dict(accumulate=1, leaves=1, period=1, workers=0, save_every=1, batch=1,
+                            crop=16, lr=1e-9).items():
         value = getattr(args, name)
         if value is not None and not value >= least:                    # nor is NaN
-            yield f"--{name.replace('_', '-')} must be at least {least}, not {value}"
+            refuse(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def plan(args):
-    """The recipe in a line and the schedule as a table: what --print-plan shows."""
+    """The recipe in a line and the schedule as a table: what each run begins by printing."""
     r, loss = args.recipe, "cross-entropy" if args.arch == "classifier" else "L1 loss"
     schedule = schedule_of(args)
     rows = [[k, " ".join(stage.tasks), stage.iterations, f"{len(stage.periods)} x {r['period']}"]
@@ -837,14 +820,15 @@ def plan(args):
 
 
 # ---- The state of a run, and its files -----------------------------------------------------------
-# OUT/last.pt is all that a run needs to go on, on a CPU to the same bits: raw and EMA weights,
-# Adam's moments, and where it stands. No generator's state is in it: every random number is drawn
-# from one seeded by (seed, stage, t, i), so the position alone says what comes next.
+# With the images and the flags that it began with, OUT/last.pt is all that a run needs to go on, on
+# a CPU to the same bits: raw and EMA weights, Adam's moments, and where it stands. No generator's
+# state is in it: every random number is drawn from one seeded by (seed, stage, t, i), so the
+# position alone says what comes next.
 #
 # Were it otherwise, going on would need the state of each generator in each loader process, which
-# have drawn ahead of the iteration that is being computed. Sums of floats depend on their order:
-# the same bits come with the same machine and the same split of the batch, otherwise, and on a GPU,
-# the same numbers but for rounding.
+# have drawn ahead of the iteration that is being computed. Sums of floats depend on their order: a
+# CPU gives the same bits where it is the same machine and the batch is split in the same way. In
+# another split, and on a GPU, the numbers are the same but for rounding.
 #
 #     OUT/last.pt        the newest state, replaced in one step: a run that is killed at any moment
 #                        has a whole one
@@ -860,7 +844,7 @@ class Run:
     table:              [(name of a row, {task: PSNR in dB}), ...]: the input, with --init the first
                         weights, then a row a stage; a classifier's: accuracy in %, and chance
     facts:              what must be the same when a stopped run goes on
-    leads:              this process writes the files, one of all that train together
+    leads:              whether this process is the one that writes the files
 
     With --resume it stands where OUT/last.pt does. Raises ValueError where that can't be used.
     data: of the images, ImageCache.identity.
@@ -869,12 +853,12 @@ class Run:
     def __init__(self, args, device, leads=True, data=""):
         self.args, self.recipe, self.out, self.leads = args, args.recipe, Path(args.out), leads
         self.schedule, self.table, self.stage, self.iteration = schedule_of(args), [], 0, 0
-        self.facts, self.sizes = facts_of(args, self.schedule, data), self.recipe["sizes"]
+        self.facts = {**facts_of(args), "data": data}
         saved = newest_state(self.out, self.facts) if args.resume else {}
         if args.init and not saved:
             model, self.sizes = read_init(args)            # the model is what the file holds
-        else:
-            self.sizes = saved.get("sizes", self.sizes)    # of the weights that --init once gave
+        else:                                              # last.pt's sizes may be those of --init
+            self.sizes = saved.get("sizes", self.recipe["sizes"])
             model = new_model(args, self.sizes)
         self.model = model.to(device)
         # A copy: the average begins at the first weights, of --init, too.
@@ -890,6 +874,11 @@ class Run:
         self.optimizer = getattr(torch.optim, recipe["optimizer"])(
             parameters, recipe["lr"], recipe["betas"], weight_decay=recipe["weight_decay"],
             fused=not parameters[0].is_meta)                     # one kernel for all parameters
+
+    @property
+    def place(self):
+        """What comes next, in words: from an iteration's beginning until its step, that one."""
+        return f"stage {self.stage + 1}, iteration {self.iteration + 1}"
 
     def take_over(self, saved):
         """Weights, moments and position of a checkpoint of this very run."""
@@ -935,36 +924,31 @@ class Run:
                 raise self.failed(f"{self.out / name}: not saved ({reason})") from None
 
     def failed(self, what):
-        """A ValueError that says where the run stands, what is wrong, and what is safe."""
-        last, safe = self.out / "last.pt", "no checkpoint was written yet"
-        if last.exists():
-            safe = f"{last} is unharmed; when the cause is mended, add --resume"
-        place = f"stage {self.stage + 1}, iteration {self.iteration + 1}"
-        return ValueError(f"{place}: {what}; {safe}")
+        """A ValueError that says what is wrong, and what is safe."""
+        return ValueError(f"{what}; {self.out / 'last.pt'}, if there is one, is unharmed: when the "
+                          "cause is mended, add --resume")
 
 
-def facts_of(args, schedule, data):
-    """What must stay the same when a run goes on. Flags that only change how it is computed
-    (--workers, --accumulate, --precision ...) may differ."""
+def facts_of(args):
+    """What must stay the same when a run goes on, besides its images. Flags that only change how it
+    is computed (--workers, --accumulate, --precision ...) may differ."""
     # The recipe's numbers that shape the trajectory; period and order are in the stages.
     kept = ("optimizer", "weight_decay", "lr", "eta_min", "ema", "crop", "batch")
-    return dict(arch=args.arch, prompt=args.prompt, seed=args.seed, data=data,
+    schedule = schedule_of(args)
+    return dict(arch=args.arch, prompt=args.prompt, seed=args.seed,
                 pairs=args.pairs[2] if args.pairs else None,
                 order=[list(stage.tasks) for stage in schedule],
                 periods=[list(stage.periods) for stage in schedule],
                 **{key: args.recipe[key] for key in kept})
 
 
-def stage_files(out):
-    """The files that stages have left, the last stage's last."""
-    return sorted(out.glob("stage*.pt"), key=lambda path: (len(path.name), path.name))
-
-
 def newest_state(out, facts):
-    """What last.pt holds. Where it can't be read, ValueError names the newest stage's file, from
-    which the run can go on: it holds as much. And where it is of another run, each difference, so
-    that the right flag can be found: half a run by one recipe and half by another is neither."""
-    last, ends = out / "last.pt", stage_files(out)
+    """What last.pt holds. Raises ValueError where it can't be read; that names the newest stage's
+    file, which holds as much, so that the run can go on from there. Raises ValueError, too, where
+    last.pt is of another run, with each difference: half a run by one recipe and half by another
+    would be neither."""
+    last = out / "last.pt"
+    ends = sorted(out.glob("stage*.pt"), key=lambda path: (len(path.name), path.name))
     try:
         saved = read_checkpoint(last)
         if "optimizer" not in saved:
@@ -983,7 +967,7 @@ def newest_state(out, facts):
 
 def new_model(args, sizes):
     """Weights as they are before training: they depend on the seed alone, whatever was drawn
-    before. fork_rng gives torch's own generator back as it was, to a notebook, say, that calls."""
+    before. They come from torch's generator for the CPU, which stands afterwards where it stood."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.arch == "classifier":
@@ -1006,50 +990,54 @@ def read_init(args):
 
 @contextlib.contextmanager
 def one_run_in(args):
-    """Around a run, in its leading process: its folder is its memory. Nothing is begun on top of
-    another run, nothing goes on without one, and nobody else writes there meanwhile.
+    """Around a run, in its leading process: holds the folder --out for this run alone. Raises
+    ValueError where a run would begin on top of another one, would go on where there is none, or
+    where another one is writing.
 
     The lock is the operating system's: it ends with the process that holds it, however that ends.
     SQLite, which locks its files on all systems alike, is used for nothing but that.
     """
     out = Path(args.out)
-    begun = (out / "last.pt").exists() or stage_files(out)
+    begun = [*out.glob("last.pt"), *out.glob("stage*.pt")]
     if begun and not args.resume:
         raise ValueError(f"--out {out} holds a run; add --resume to go on, or choose another --out")
     if args.resume and not begun:
         raise ValueError(f"--resume: there is no {out / 'last.pt'} to go on from")
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            import sqlite3                             # some Pythons were built without it
-            lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
-            held.enter_context(contextlib.closing(lock)).execute("BEGIN EXCLUSIVE")
-        except Exception as error:                     # and some disks know no locks
-            if "locked" in str(error):
-                raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
-                                 "choose another --out") from None
+    (out / "lock").touch()                             # an OSError where nothing can be written
+    lock = sqlite3.connect(out / "lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:                     # another error: a disk that knows no locks
+        if "locked" in str(error):
+            raise ValueError(f"--out {out}: another run is writing there; wait for its end, or "
+                             "choose another --out") from None
+    try:
         for torn in out.glob(".*.tmp"):                # whole_file's, where a save was killed
             torn.unlink()
         yield
+    finally:
+        lock.close()
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
 # The recipe's batch is the total over all processes and parts; how it is divided is this machine's
-# business. A sample's random numbers hang on its place in the whole batch, never on who draws them.
-# (Often the batch is given per GPU, and who trains on four GPUs instead of two must then change
-# rate and length, too, or compares two different trainings.)
+# business. A sample's random numbers depend on its place in the whole batch, never on who draws
+# them. (Often the batch is given per GPU. Then four GPUs instead of two double it, and rate and
+# length must change, too; or two different trainings are compared.)
+
 
 class Machine:
-    """Where a run computes: the device, this process's rank among `world`, and how fast a way it
-    takes. None of it changes what is computed, but for rounding.
+    """Where and how a run computes: the device, this process's rank among `world`, the precision,
+    the parts of a batch. None of it changes what is computed, but for rounding.
 
-    torchrun starts `world` processes, one a GPU, `beside` of them on this machine, and tells each
-    its rank by environment variables. Every process holds the whole model, takes its share of each
-    batch, and DDP averages their gradients, so that all make the same step.
+    torchrun starts `world` processes, one a GPU, `local_world` of them on this machine, and tells
+    each its rank by environment variables. Every process holds the whole model, takes its share
+    of each batch, and DDP averages their gradients, so that all make the same step.
     """
 
     def __init__(self, args):
-        self.world, self.rank, self.beside, number = (
+        self.world, self.rank, self.local_world, local_rank = (
             int(os.environ.get(name, default)) for name, default in
             (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.device, self.parts, self.args = torch.device(args.device), args.accumulate, args
@@ -1059,10 +1047,10 @@ class Machine:
             raise ValueError(f"a batch of {batch} can't be split among {ways}; choose numbers "
                              "that divide it")
         if args.device == "cuda":
-            if number >= torch.cuda.device_count():
+            if local_rank >= torch.cuda.device_count():
                 raise ValueError(f"--device cuda: torch finds {torch.cuda.device_count()} GPUs, "
-                                 f"and {self.beside} are needed")
-            self.device = torch.device("cuda", number)          # under torchrun, a GPU a process
+                                 f"and {self.local_world} are needed")
+            self.device = torch.device("cuda", local_rank)      # under torchrun, a GPU a process
             torch.cuda.set_device(self.device)                  # its own alone
         # In bf16, torch decides operation by operation, by its own lists, what keeps float32. bf16
         # has float32's range of exponents: small gradients do not vanish, so the loss needs no
@@ -1070,7 +1058,7 @@ class Machine:
         self.autocast = partial(torch.autocast, args.device, torch.bfloat16,
                                 enabled=args.precision == "bf16")
         if self.world > 1:
-            # When a process ends, torchrun ends the others. So a long wait need not be a failure:
+            # When a process fails, torchrun ends the others. So a long wait need not be a failure:
             # the first one may be decoding DF2K.
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1),
@@ -1098,8 +1086,8 @@ class Machine:
         return torch.compile(model) if self.args.compile else model
 
     def sums(self, x):
-        """The numbers of a tensor (n,), each added up over all processes: [number, ...]. Who asks
-        waits for the other processes and for the GPU."""
+        """The numbers of a tensor (n,), each added up over all processes: [number, ...]. To ask is
+        to wait for the other processes and for the GPU."""
         if self.world > 1:
             dist.all_reduce(x)
         return x.tolist()                          # waits for the GPU
@@ -1151,7 +1139,8 @@ def rows_before_training(run, pairs, machine, log):
 
 def validate(run, pairs, machine, log):
     """{task: PSNR in dB, or the classifier's accuracy in %} of the raw weights on images that no
-    run trains on, each on the screen as it comes; one process computes, the others wait.
+    run trains on, each on the screen as it comes. The leading process computes; the others wait,
+    and get {}.
 
     An "ep" model is told the true task. Tasks that were not trained yet are scored, too: that
     shows what the ones before them have done to them, for good or ill.
@@ -1159,35 +1148,31 @@ def validate(run, pairs, machine, log):
     started, scores = time.monotonic(), {}
     if run.leads:
         log.say("validation:", end="")
-        score = accuracy if run.args.arch == "classifier" else mean_psnr
         for task, examples in pairs.items():
-            scores.update(score(run.model, {task: examples}, machine.device))
+            if run.args.arch == "classifier":
+                scores.update(confusion(run.model, {task: examples})[0])
+            else:
+                scores.update(mean_psnr(run.model, {task: examples}, machine.device))
             log.say(f" {task} {figure(scores[task])}", end="")
         log.say("")
-        log.write(stage=run.stage + 1, iteration=run.iteration, psnr=scores)
+        log.write(stage=run.stage + 1, iteration=run.iteration, scores=scores)
     machine.wait_for_all()
     log.idle += time.monotonic() - started
     return scores
 
 
-def accuracy(classifier, pairs, device):
-    """{task: %}, as mean_psnr's of a backbone."""
-    return confusion(classifier, pairs)[0]
-
-
 def refuse_what_is_not_finite(run, losses, norm):
-    """Raises ValueError that names the task whose loss is not a number, or the gradient: a finite
-    loss can have an infinite one, and a single step with it would poison every weight."""
-    tasks = run.tasks_at(run.iteration)
-    numbers = [(f"the loss of {task}", loss) for task, loss in zip(tasks, losses)]
-    for what, number in [*numbers, ("the gradient", norm)]:
+    """Raises ValueError that names the task whose loss is not a finite number, or the gradient:
+    that of a finite loss can be infinite, and a single step with it would poison every weight."""
+    for what, number in zip([*run.tasks_at(run.iteration), "gradient"], [*losses, norm]):
         if not math.isfinite(number):
-            raise run.failed(f"{what} is not finite; the weights were left as they were before")
+            raise run.failed(f"{run.place}: {what} is not finite; this step was not made")
 
 
 class Log:
-    """Progress on the screen and in log.jsonl, one JSON object a line; one process of many speaks.
-    A new run begins a new log, a resumed one goes on in its own.
+    """Progress on the screen and in log.jsonl, one JSON object a line; after a kill a line may be
+    torn or empty. One process of many speaks. A new run begins a new log, a resumed one goes on in
+    its own.
 
     Between two reports the losses of every task are collected, so that each report has means over
     all images of a task since the one before, not the last batch's.
@@ -1208,8 +1193,8 @@ class Log:
         # The signals ask: the loop ends its iteration, saves and says how to go on. A handler may
         # run between any two instructions, so it does no more than note that it was called.
         self.stop, self.handlers = None, {}
-        # Python lets the main thread alone have handlers; who trains in another one, behind a web
-        # page's button, has no signals to mind. And a hangup that nohup ignores stays ignored.
+        # Python lets the main thread alone have handlers; a run in another one, as behind a web
+        # page's button, does without. And a hangup that nohup ignores stays ignored.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -1284,9 +1269,9 @@ def show_table(run, log):
         [mean] = plain_mean([[scores.get(task)] for task in learned])
         rows.append((name, [*cells, mean]))
     text = markdown([f"{unit} after", *columns], [[name, *cells] for name, cells in rows])
-    (run.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw_or_say_why(log, Path.write_text, run.out / "table.md", text + "\n", "utf-8")
     log.say(text)
-    # The rows of stages come last; each has trained these columns.
+    # The rows of stages come last; framed are the cells of the tasks that a stage has trained.
     first = len(rows) - run.stage
     framed = {(first + k, tasks.index(task)) for k, stage in enumerate(run.schedule[:run.stage])
               for task in stage.tasks}
@@ -1311,7 +1296,7 @@ def rates_and_begins(run):
 
 
 def draw_or_say_why(log, picture, path, *what):
-    """picture(path, *what), a function of eval.py that draws: no fault of it may end a training."""
+    """Calls picture(path, *what), which writes a file. No fault in it may end a training."""
     try:
         picture(path, *what)
     except Exception as error:                             # a full disk, a Pillow without fonts ...
@@ -1320,7 +1305,7 @@ def draw_or_say_why(log, picture, path, *what):
 
 def announce(run, source, machine, say):
     """After the plan: where, on what, and what fine-tuning does to tasks that it leaves out."""
-    # The threads, since the order of sums, and so the bits, hang on them.
+    # The threads are named since they decide in which order sums are taken, and so the bits.
     say(f"on {machine.device}, {machine.world} process(es) of {torch.get_num_threads()} threads, "
         f"{run.args.precision}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"crops from {sum(len(images) for images in source.values())} images")
@@ -1328,58 +1313,49 @@ def announce(run, source, machine, say):
     if run.args.init and others:
         say(f"fine-tuning: {others} are not rehearsed and get worse; --order keeps them")
     if run.stage == len(run.schedule):
-        say(f"{run.out / 'last.pt'}: this run is finished; only its table and pictures are made "
-            "anew")
+        say(f"{run.out / 'last.pt'}: this run is finished; its pictures are made anew")
     elif run.args.resume:
-        say(f"goes on from {run.out / 'last.pt'}: stage {run.stage + 1}, iteration {run.iteration}")
+        say(f"goes on from {run.out / 'last.pt'}: {run.place}")
 
 
 def stopped(run, log):
-    """After a signal: everything is saved, and the command that goes on is shown. Exits with 128 +
-    the signal's number, as shells expect."""
+    """After a signal: saves, and exits with 128 + the signal's number, as shells expect."""
     run.save()
-    start = "python"
-    if "TORCHELASTIC_RUN_ID" in os.environ:        # torchrun started this process
-        start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-    # The command as it was typed, quoted for a shell, with one --resume.
-    again = shlex.join([word for word in run.args.command if word != "--resume"] + ["--resume"])
-    log.say(f"stopped by signal at stage {run.stage + 1}, iteration {run.iteration}; saved. "
-            f"To go on:\n  {start} {again}")
+    log.say(f"stopped by a signal before {run.place}; saved. To go on: the same command with "
+            "--resume")
     sys.exit(128 + (log.stop or signal.SIGTERM))   # None: it was another process that was asked
 
 
-def finish(run, pairs, log, machine):
-    """The last words: a classifier's confusion matrix or the strips, and what the run took: time,
-    the GPU's memory at its peak, and images a second of training (validations not counted)."""
+def finish(run, pairs, log, device):
+    """The last words: a classifier's confusion matrix, or the strips; how long the run took, and
+    how many images a second it trained on (validations not counted)."""
     if run.args.arch == "classifier":
         log.say(f"\n{confusion_text(*confusion(run.model, pairs))}")
     else:
         learned = {task: pairs[task] for task in run.schedule[-1].tasks}
-        draw_or_say_why(log, task_strips, run.out / "strips.png", run.model, learned,
-                        machine.device)
-    script = "eval.py" if len(TASKS) == 7 else run.args.command[0]     # a task more: who added it
-    command = f"python {script} {shlex.quote(f'{run.out}/last.pt')}"
+        draw_or_say_why(log, task_strips, run.out / "strips.png", run.model, learned, device)
     if run.args.data or run.args.pairs:
         log.say("(The table is of the built-in images, held out; not of yours.)")
-    if run.args.pairs:                             # what it has seen says nothing of what it can do
-        command += " --pairs LQ GT, of pairs that it was not trained on"
-    took = clock(time.monotonic() - log.start)
-    if machine.device.type == "cuda":
-        took += f", {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB at most"
-    log.say(f"done in {took}, {log.images_per_second(run):.1f} images/s; {run.out} holds last.pt, "
-            f"log and pictures\nnext: {command}")
+    log.say(f"done in {clock(time.monotonic() - log.start)}, {log.images_per_second(run):.1f} "
+            f"images/s; {run.out} holds last.pt, log and pictures")
+    script = "eval.py" if len(TASKS) == 7 else sys.argv[0]     # the script that adds an eighth
+    log.say(f"next: python {script} {shlex.quote(f'{run.out}/last.pt')}")
 
 
 def train(args):
     """A whole run, from the flags to the last picture. Under torchrun, each process calls it."""
     if args.print_plan:
         return print(plan(args))
-    # The plan comes first, but for what is refused at once; images may take a while.
     for folder in (*(args.data or ()), *(args.pairs or ())[:2], *filter(None, [args.depth])):
         require_folder(folder)
     machine = Machine(args)
     leads = machine.rank == 0
     with one_run_in(args) if leads else contextlib.nullcontext():
+        # Images may take hours to decode; files that are wrong are refused before.
+        if args.resume:
+            newest_state(Path(args.out), facts_of(args))
+        elif args.init:
+            read_init(args)
         if leads:
             print(plan(args), flush=True)
         source = open_images(args, print) if leads else None        # one decodes
@@ -1398,23 +1374,29 @@ def train(args):
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def errors_explained():
+    """Around a run: lack of memory, and the end of another process, which torch reports as
+    RuntimeError, become a ValueError of one line. Other errors pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            raise ValueError("not enough memory; try --accumulate 2, 4 ..., --checkpointing, "
+                             "--batch or --crop") from None
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
+            raise ValueError("another process has ended, and said why") from None
+        raise
+
+
 def main(argv=None):
     """The command. Whatever the user can mend ends in one line and a non-zero exit; under torchrun,
     `record` also puts it into torchrun's report of which process failed first."""
     args = parse(argv)
     tune_cpu()
     work = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
-    with ends_in_one_line("train.py"):
-        try:
-            work(args)
-        except (RuntimeError, MemoryError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if lacks_memory(error):                # torch says RuntimeError of memory, too
-                raise ValueError(f"not enough memory ({reason}); try --accumulate 2, 4 ..., "
-                                 "--checkpointing, --batch or --crop") from None
-            if isinstance(error, dist.DistError) or "by peer" in str(error):
-                raise ValueError("another process has ended, and said why") from None
-            raise                                  # a fault of ours, of which the traceback helps
+    with ends_in_one_line("train.py"), errors_explained():
+        work(args)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_what_a_caller_set_as_default_type_or_device_changes_no_weights_and_no_r
         if default != "meta":
             assert torch.equal(build_model("srresnet", "ep", **SMALL["srresnet"]).prompts.float(), images)
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert grey.shape == (20, 24) and tiled.shape == (1, 3, 100, 120)
 

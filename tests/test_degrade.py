@@ -157,6 +157,7 @@ def test_data_are_the_same_whatever_the_network_computes_in_and_nothing_waits(ta
     try:
         with torch.device("meta"):                                      # a caller's default device
             drawn = d.draw(task, (48, 64), n=2, generator=d.seeded(3))
+            assert d.dead_leaves(48, 40, d.seeded(4))[0].dtype == d.depth_prior(9, 9, d.seeded(4)).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16), Watch():
@@ -216,7 +217,7 @@ def test_broken_and_small_files_are_named_and_skipped(tmp_path):
     cache = d.ImageCache(tmp_path / "cache", d.photo_items([photos]), 64, said.append)
     assert len(cache) == 1 and cache.size(0) == (80, 90)
     assert [Path(line.split(":")[0]).name for line in said if "skipped" in line] == ["text.jpg", "torn.png", "small.png"]
-    assert "preparing images: 4 of 4, 0 s left" in said and torch.get_num_threads() == cores + 1
+    assert "preparing images: 4 of 4, 0:00:00 left" in said and torch.get_num_threads() == cores + 1
     torch.set_num_threads(cores)
     (photos / "deeper" / "good.png").unlink()
     with pytest.raises(ValueError, match="no usable image"):
@@ -302,7 +303,7 @@ def test_depth_maps_are_checked(photos):
                         ("below", np.eye(2) - 0.1), ("zero", np.zeros((2, 2))), ("empty", np.zeros((0, 2))), ("cube", np.ones((2, 2, 2)))):
         np.save(folder / f"{name}.npy", array)
     for path in (png, folder / "p.png", *folder.glob("*.npy")):
-        with pytest.raises(ValueError, match=f"^{path}: not a readable depth map [^\n]*$"):
+        with pytest.raises(ValueError, match=f"^{path}: not a readable depth map: [^\n]*$"):
             d.read_depth(path)
 
 
@@ -480,7 +481,7 @@ def test_which_files_of_a_folder_are_taken_and_which_are_said(tmp_path, capsys):
         (tmp_path / "photos" / name).write_bytes(b"")
     said = []
     assert len(d.photo_items([tmp_path / "photos", tmp_path / "elsewhere"], None, said.append)) == 4
-    assert len(said) == 1 and "passed over 3 files" in said[0] and "phone.heic" in said[0] and "raw.dng" in said[0]
+    assert len(said) == 1 and "not read as images: 3" in said[0] and "phone.heic" in said[0] and "raw.dng" in said[0]
 
 
 # (images, depth maps) -> the map of each image, or the words of the refusal
@@ -587,8 +588,8 @@ def test_what_is_said_aside_never_ends_the_work(capfd, monkeypatch):
 def test_work_is_spread_over_the_cores_that_a_job_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
     assert d.usable_cores() == 3
-    assert [d.clock(seconds) for seconds in (89, 150, 3900)] == ["89 s", "2 min", "1 h 05 min"]
-    assert d.time_left(time.monotonic() - 10, 5, 20) == "30 s left"
+    assert [d.clock(seconds) for seconds in (89, 150, 3900)] == ["0:01:29", "0:02:30", "1:05:00"]
+    assert d.time_left(time.monotonic() - 10, 5, 20) == "0:00:30 left"
 
 
 def run_degrade(folder, *flags, code=None, **options):
@@ -630,7 +631,7 @@ def test_a_script_without_a_main_guard_and_a_closed_pipe_do_no_harm(pictures):
     run = run_degrade(pictures, code="import sys, degrade; degrade.main(sys.argv[1:])")
     run.stdout.close()                                                  # as `| head` does
     said = run.stderr.read()
-    assert run.wait() == 141 and said == "degrading images: 16 of 16, 0 s left\n"
+    assert run.wait() == 141 and said == "degrading images: 16 of 16, 0:00:00 left\n"
     assert len(list(pictures.glob("sets/**/*.png"))) == 16 and (pictures / "sets" / "params.csv").exists()
 
 
@@ -686,11 +687,13 @@ def test_torn_files_are_named_and_the_exit_code_tells(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     good = save(tmp_path / "in" / "a.png", np.zeros((40, 40, 3), np.uint8)).read_bytes()
     (tmp_path / "in" / "b.png").write_bytes(good[:50])
+    many_pages(tmp_path / "in" / "c.tif", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(SystemExit) as stopped:
         d.main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "sets")])
     said = capsys.readouterr()
     assert stopped.value.code == 1 and said.err.count("b.png: not a readable image") == 1 and "Traceback" not in said.err
-    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7
+    assert said.err.count("c.tif: the first of its frames") == 1
+    assert sorted(path.name for path in tmp_path.glob("sets/single_indis/*/*")) == ["a.png"] * 7 + ["c.png"] * 7
 
 
 def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):

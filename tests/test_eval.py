@@ -73,11 +73,6 @@ def test_the_table_has_every_task_both_splits_and_a_strip(checkpoint, capsys, tm
     assert float(row[3]) == pytest.approx(evaluation.mean_psnr(model, {"rain": pairs["rain"]}, "cpu")["rain"], abs=0.006)
 
 
-def test_the_table_on_ones_own_images(checkpoint, picture, capsys):
-    run(checkpoint, "--images", picture.parent, "--output", picture.parent / "strips.png")
-    assert "1 images" in capsys.readouterr().out
-
-
 def test_a_photo_is_restored_at_its_size_by_the_real_command(checkpoint, picture):
     output, task = picture.with_name("restored.png"), "noise:0.7,jpeg:0.3"
     done = subprocess.run([sys.executable, "-W", "error", str(ROOT / "eval.py"), str(checkpoint), "--input", str(picture),
@@ -105,11 +100,16 @@ def test_a_classifiers_table_counts_what_it_names(tmp_path, capsys, monkeypatch)
 
 
 def test_published_checkpoints_work_with_no_flag_but_their_prompts(tmp_path, picture):
+    """The picture is that of the published weights with the published image of "haze", and of no other."""
     torch.save({"params": published_state("srresnet-ep")}, tmp_path / "SRResNet_S_EP.pth")
     np.save(tmp_path / "type7.npy", published_prompts())
     run(tmp_path / "SRResNet_S_EP.pth", "--prompts", tmp_path / "type7.npy", "--input", picture,
-        "--output", tmp_path / "r.png", "--task", "rain")
-    assert Image.open(tmp_path / "r.png").size == (90, 67)
+        "--output", tmp_path / "r.png", "--task", "haze")
+    model, x = mioir.build_model("srresnet", "ep"), degrade.to_tensor(degrade.read_image(picture))
+    mioir.load_official(model, published_state("srresnet-ep"), published_prompts())
+    with torch.no_grad():
+        haze, rain = (degrade.to_image(model.eval()(x, torch.tensor([TASKS.index(task)]))) for task in ("haze", "rain"))
+    assert np.array_equal(degrade.read_image(tmp_path / "r.png"), haze) and not np.array_equal(rain, haze)
 
 
 def test_the_matrix_picture_paints_gains_green_and_losses_red(tmp_path):
@@ -144,14 +144,6 @@ def test_cells_without_a_number_are_grey_and_names_that_no_font_knows_pass(tmp_p
     pixels = np.asarray(Image.open(tmp_path / "m.png"))
     assert (pixels[66 + 34 + 6, 190 + 8] == 225).all() and (pixels[66 + 6, 190 + 8] == 255).all()
     assert evaluation.markdown(["a", "b"], [["x", None]]).splitlines()[-1] == "| x | - |"
-
-
-def test_pictures_are_drawn_by_a_pillow_without_freetype(tmp_path):
-    code = ("import sys; sys.modules['PIL._imagingft'] = None; sys.path.insert(0, sys.argv[1]); import eval as e; "
-            "e.curves_picture('c.png', 'Größe ☂', 'none', [(1, 1.0), (9, 0.5)], {'s': 0}); e.matrix_picture('m.png', 't', ['a'], [('i', [1.0])])")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (np.asarray(Image.open(tmp_path / "m.png").convert("L"))[:66] < 90).sum() > 20              # there is text above the cells
 
 
 def test_scores_are_of_fp32_unless_asked_otherwise():
@@ -271,3 +263,47 @@ def test_the_19_sets_lie_where_the_published_archive_has_them():
     assert sets["sr_outbig"] == ("Out-Dis", "sr", "single_outbig/sr_outbig", "original/GT")
     assert sets["DIV2K_valid_LR_mild"] == ("Unknown", None, "unknow/LQ_LR/DIV2K_valid_LR_mild", "unknow/DIV2K_valid_HR_toLR")
     assert sets["Toled_val"] == ("Unknown", None, "unknow/Toled_val/LQ", "unknow/Toled_val/HQ")
+
+
+def test_a_stage_is_learned_from_its_first_iteration_on():
+    def learned(stage, iteration):
+        return evaluation.learned({"facts": {"order": [["rain"], ["rain", "jpeg"]]}, "stage": stage, "iteration": iteration})
+    assert learned(0, 5) == learned(1, 0) == {"rain"} and learned(1, 1) == learned(2, 0) == {"rain", "jpeg"}
+    assert evaluation.learned({}) == set(TASKS)
+
+
+def test_tables_read_as_markdown_and_tell_the_difference_to_the_paper():
+    assert evaluation.markdown(["task", "PSNR"], [["rain", 26.456], ["b", "x"]]) == (
+        "| task |  PSNR |\n|------|------:|\n| rain | 26.46 |\n| b    |     x |")
+    row = evaluation.score_table("set", {"rain": [20.0, 30.0, 10.0, 0.8, 0.9, 0.1]}, {"rain": 31.0}).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["rain", "20.00", "30.00", "10.00", "0.8000", "0.9000", "0.1000", "31.00", "-1.00"]
+
+
+def test_strips_show_the_middle_of_a_picture_as_it_is(tmp_path, monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 256, (301, 400, 3), np.uint8)
+    x = degrade.to_tensor(picture)
+    monkeypatch.setattr(evaluation, "restored", lambda *more: picture)
+    evaluation.task_strips(tmp_path / "s.png", None, {"noise": [(x, x)]}, "cpu")
+    sheet = degrade.read_image(tmp_path / "s.png")
+    assert np.array_equal(sheet[30:222, 110:302], picture[54:246, 104:296])
+
+
+@pytest.mark.parametrize("less, fits", [(8, True), (9, False)])
+def test_an_lq_may_lack_its_gts_last_rows_but_not_many(tmp_path, less, fits):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "gt.png")
+    Image.fromarray(picture[:40 - less]).save(tmp_path / "lq.png")
+    if not fits:
+        with pytest.raises(ValueError, match="lq.png and .*gt.png are not of one size"):
+            next(evaluation.read_pairs([(tmp_path / "lq.png", tmp_path / "gt.png")]))
+        return
+    lq, gt = next(evaluation.read_pairs([(tmp_path / "lq.png", tmp_path / "gt.png")]))
+    assert torch.equal(lq, gt) and lq.shape == (1, 3, 32, 50)
+
+
+def test_pairs_are_restored_in_tiles_where_asked_for(checkpoint, picture, monkeypatch):
+    tiles, real = [], evaluation.restore
+    monkeypatch.setattr(evaluation, "restore", lambda model, x, task, tile, **more: tiles.append(tile) or real(model, x, task, 0))
+    for tile in ("0", "160"):
+        run(checkpoint, "--pairs", picture.parent, picture.parent, "--task", "noise", "--tile", tile)
+    assert tiles == [0, 160]

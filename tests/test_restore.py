@@ -145,7 +145,7 @@ def test_restore_turns_a_cameras_picture_upright(tmp_path):
 @pytest.mark.parametrize("x, task, words", [
     (torch.rand(1, 3, 8, 8) * 255, "noise", "divide by 255"), (np.full((8, 8, 3), 90.0), "noise", "divide by 255"),
     (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "noise", "divide by 255"), (np.zeros((8, 8, 4)), "noise", "(H,W,3)"),
-    (np.zeros((3, 8, 8), np.uint8), "noise", "(H,W,3)"), (torch.rand(8, 8), "noise", "(N,3,H,W)"), ([1], "noise", "list"),
+    (np.zeros((3, 8, 8), np.uint8), "noise", "(H,W,3)"), (torch.rand(8, 8), "noise", "(N,3,H,W)"), ([1], "noise", "not (1,) of int64"),
     (torch.rand(1, 3, 8, 8), 7, "0 to 6"), (torch.rand(1, 3, 8, 8), -1, "0 to 6"), (torch.rand(1, 3, 8, 8), True, "0 to 6"),
     (torch.rand(1, 3, 8, 8), ["noise"], "a name of TASKS"), (Image.new("I;16", (8, 8)), "noise", "8 bits"), (torch.rand(1, 3, 8, 8), "fog", "unknown task 'fog'"), (torch.full((1, 3, 8, 8), math.nan), "noise", "nan"), (Image.new("F", (8, 8)), "noise", "8 bits"),
     (torch.rand(1, 3, 8, 8), "noise:x", "'x' is not a number")])

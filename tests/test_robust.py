@@ -148,7 +148,7 @@ def test_the_last_state_and_each_stages_end_are_kept(whole):
     assert [weights(whole, f"stage{k}.pt")["stage"] for k in (1, 4, 7)] == [1, 4, 7]
 
 
-def test_a_signal_to_the_whole_group_saves_and_shows_the_command_that_goes_on(whole, tmp_path):
+def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(whole, tmp_path):
     """As a terminal, docker and SLURM send it: the loader's processes get it, too."""
     at_once(lambda number: stop_and_go_on(whole, tmp_path / str(int(number)), number),
             signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -164,12 +164,9 @@ def stop_and_go_on(whole, folder, number):
     os.killpg(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number and "Traceback" not in said.read_text()
-    assert said.read_text().splitlines()[-1].split() == [
-        "python", "train.py", "--arch", "srresnet", "--seq", "--preset", "smoke", "--out", str(out), "--save-every", "1",
-        "--workers", "1", "--resume"]
+    assert said.read_text().splitlines()[-1].endswith("saved. To go on: the same command with --resume")
+    assert weights(out)["stage"] < 7
     all_ended(process.pid)
-    saved = weights(out)
-    assert f"stopped by signal at stage {saved['stage'] + 1}, iteration {saved['iteration']}; saved." in said.read_text()
     if number == signal.SIGINT:
         assert finish(out, "--resume") == 0
         assert_same_bits(weights(out), weights(whole))
@@ -206,11 +203,11 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
     out, said = tmp_path / "out", tmp_path / "said.txt"
     assert finish(out, limit=300_000, said=said) == 1
     assert not (out / "last.pt").exists() and not list(out.glob(".*.tmp"))
-    assert "not saved (File too large); " in said.read_text() and said.read_text().rstrip().endswith("no checkpoint was written yet")
+    assert "not saved (File too large); " in said.read_text() and "if there is one" in said.read_text()
     kill_after_two_stages(out)
     before = (out / "last.pt").read_bytes()
     assert finish(out, "--resume", limit=300_000, said=said) == 1
-    assert (out / "last.pt").read_bytes() == before and f"{out / 'last.pt'} is unharmed" in said.read_text()
+    assert (out / "last.pt").read_bytes() == before and f"{out / 'last.pt'}, if there is one, is unharmed" in said.read_text()
     assert finish(out, "--resume") == 0
     assert_same_bits(weights(out), weights(whole))
 
@@ -244,7 +241,7 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_the_run_before_the_weight
     with pytest.raises(SystemExit) as stopped:
         train.main(["--arch", "srresnet", "--order", "r", "--preset", "smoke", "--out", str(tmp_path / "out"), "--save-every", "1"])
     line = str(stopped.value.code)
-    assert "iteration 3: the gradient is not finite" in line and "last.pt" in line and "\n" not in line
+    assert "iteration 3: gradient is not finite" in line and "last.pt" in line and "\n" not in line
     saved = weights(tmp_path / "out")
     assert saved["iteration"] == 2 and all(value.isfinite().all() for value in saved["raw"].values())
 

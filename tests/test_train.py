@@ -1,5 +1,6 @@
 """Recipes, schedule, the training loop, and the real command at smoke size."""
 import json
+import os
 import signal
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +136,7 @@ def test_a_smoke_run_leaves_checkpoint_log_table_and_pictures(finished):
     steps = [entry for entry in log if "loss" in entry]
     assert {entry["stage"] for entry in steps} == set(range(1, 8))
     assert all(set(entry["loss"]) == set(entry["tasks"]) for entry in steps if len(entry["tasks"]) < 7)
-    assert [set(entry["psnr"]) for entry in log if "psnr" in entry] == [set(TASKS)] * 7
+    assert [set(entry["scores"]) for entry in log if "scores" in entry] == [set(TASKS)] * 7
     table = (finished / "table.md").read_text().splitlines()
     assert len(table) == 2 + 1 + 7 and "input" in table[2] and "+dark" in table[9]
     assert Image.open(finished / "table.png").size[0] > 500
@@ -216,6 +217,21 @@ def test_bad_input_gets_one_clear_line_and_leaves_nothing(tmp_path, argv, words,
     assert not (tmp_path / "out" / "last.pt").exists()
     if "no such folder" in words:                          # known before the plan and before the run's folder
         assert not capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_files_that_are_wrong_are_refused_before_images_are_decoded(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_images", lambda *a: pytest.fail("too late"))
+    for argv, words in ((["--init", "nosuch.pt"], "nosuch.pt"), (["--init", finished / "last.pt"], "holds another model"),
+                        (["--init", finished / "last.pt", "--prompts", "nosuch.npy"], "nosuch.npy")):
+        with pytest.raises(SystemExit, match=words):
+            run("--arch", "srresnet", "--preset", "smoke", "--out", tmp_path / "out", *argv)
+
+
+def test_a_job_that_ends_while_images_are_prepared_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_images", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        run("--preset", "smoke", "--out", tmp_path / "out")
+    assert stopped.value.code == 143 and capsys.readouterr().err == "train.py: stopped by SIGTERM\n"
 
 
 def test_an_output_folder_with_another_run_is_refused(finished, capsys):
@@ -360,19 +376,6 @@ def test_the_papers_recipe_on_a_cpu_says_at_once_what_it_takes(tmp_path, monkeyp
     assert "total: 1000000 iterations" in said and "on a CPU it takes months" in said and "--preset demo" in said
 
 
-def test_the_command_that_goes_on_is_quoted_and_torchruns_where_it_started(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", "--out", "my runs/one", "--resume"])
-    stopping = types.SimpleNamespace(save=lambda: None, stage=0, iteration=3, args=train.parse())
-    log = types.SimpleNamespace(say=print, stop=2)
-    for environment, start in (({}, "python"), ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"},
-                                                "torchrun --nproc_per_node 2")):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit):
-            train.stopped(stopping, log)
-        assert capsys.readouterr().out.splitlines()[-1] == f"  {start} train.py --out 'my runs/one' --resume"
-
-
 def test_clean_samples_of_the_classifier_are_kept_as_they_are_or_nearly_so():
     """As they are, as JPEG of high quality, reduced in size, grey; never as bad as the task jpeg."""
     samples = [train.sample_as_kept({"photos": Flat()}, ("none",), 64, 30, (0, 0, 0, i)) for i in range(30)]
@@ -486,20 +489,19 @@ def test_drop_path_draws_by_seed_stage_iteration_and_place(tmp_path):
 
 
 def test_all_modules_train_and_losses_are_logged_for_their_own_tasks(tmp_path, monkeypatch, tiny, finished):
-    """Also from --init, and after a validation in mid-stage. The loss stands for the row of its task."""
+    """Also from --init. The loss stands for the row of its task."""
     modes = []
 
     def row_of_the_task(net, lq, gt, task):
         modes.append(all(module.training for module in net.modules()))
         return 0 * net(lq, task).mean() + task.float()
     monkeypatch.setattr(train, "loss_per_image", row_of_the_task)
-    run("--arch", "restormer", "--prompt", "--init", finished / "last.pt", "--preset", "smoke", "--val-every", 3,
-        "--out", tmp_path / "out")
+    run("--arch", "restormer", "--prompt", "--init", finished / "last.pt", "--preset", "smoke", "--out", tmp_path / "out")
     assert len(modes) == 20 and all(modes)
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {(task, loss) for entry in log if "loss" in entry for task, loss in entry["loss"].items()} == {
         ("blur", 0), ("noise", 1), ("jpeg", 2), ("rain", 3), ("haze", 4), ("dark", 5), ("sr", 6)}
-    assert [entry["iteration"] for entry in log if "psnr" in entry] == [0, 3, 6, 9, 12, 15, 18, 20]
+    assert [entry["iteration"] for entry in log if "scores" in entry] == [0, 20]
 
 
 @pytest.mark.parametrize("precision, kind, convolutions, products", [
@@ -583,7 +585,7 @@ def test_a_picture_that_fails_does_not_end_a_training_and_strips_show_what_was_t
 @pytest.mark.parametrize("cores, beside, flags, workers", [(64, 1, [], 8), (3, 1, [], 3), (16, 4, [], 4), (64, 1, ["--workers", "2"], 2)])
 def test_loader_processes_are_no_more_than_cores(tmp_path, monkeypatch, cores, beside, flags, workers):
     run, machine = small_run(tmp_path, *flags)
-    machine.device, machine.beside, asked = torch.device("cuda"), beside, []
+    machine.device, machine.local_world, asked = torch.device("cuda"), beside, []
     monkeypatch.setattr(train, "usable_cores", lambda: cores)
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *a, **k: asked.append(k) or iter([]))
     with pytest.raises((StopIteration, RuntimeError)):
