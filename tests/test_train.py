@@ -353,13 +353,6 @@ def test_pairs_of_two_sizes_are_named_with_the_mend(pairs, tmp_path):
         run("--arch", "srresnet", "--preset", "smoke", "--order", "n", "--pairs", *pairs, "noise", "--out", tmp_path / "out")
 
 
-def test_the_command_of_a_notebook_is_train_pys(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    assert train.parse(["--order", "n"]).command == ["train.py", "--order", "n"]
-    monkeypatch.setattr("sys.argv", ["snow.py", "--order", "n"])
-    assert train.parse(["--order", "n"]).command == ["snow.py", "--order", "n"]
-
-
 @pytest.mark.parametrize("argv, preset", [([], "demo"), (["--data", "x"], "paper"), (["--pairs", "a", "b", "rain"], "paper"),
                                           (["--preset", "smoke", "--data", "x"], "smoke")])
 def test_the_papers_recipe_is_for_photographs(argv, preset):
@@ -548,7 +541,7 @@ def test_images_per_second_leave_validations_out_and_the_rest_is_told_by_them(tm
         log.add(run, [0.5] * 8, 1.0, 1e-4)
     log.close()
     said = capsys.readouterr().out
-    assert "validation: noise -" in said and "2/40 | loss noise 0.5000 | lr 1.0e-04 | 4.0 images/s | 76 s left" in said
+    assert "validation: noise -" in said and "2/40 | loss noise 0.5000 | lr 1.0e-04 | 4.0 images/s | 0:01:16 left" in said
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["seconds_left"] == 76
 
 
