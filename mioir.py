@@ -1092,9 +1092,9 @@ def build_classifier(width=128, none=False):
     return (TaskOrNone if none else TaskClassifier)(width)
 
 
-# Below these probabilities the classifier that ships is in doubt, and a wrong prompt harms a picture.
-# A grey day looks like haze, and a night like low light, so these two must be surer. Chosen on 24
-# photographs that it was not trained on (assets/README.md). A blind guess among eight has 0.125.
+# Below these probabilities the classifier that ships is in doubt, and a wrong prompt harms a
+# picture. A grey day looks like haze, and a night like low light, so these two must be surer.
+# Chosen on 24 photographs that it was not trained on (assets/README.md); a guess has 0.125.
 DOUBT = {"blur": 0.9, "noise": 0.95, "jpeg": 0.75, "rain": 0.6, "haze": 0.95, "dark": 0.94,
          "sr": 0.95}
 
