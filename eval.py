@@ -498,10 +498,13 @@ CLASSIFIER = MODEL.with_name("classifier.pt")
 def load_classifier(path, device):
     """The classifier of --classifier, or, for None, the one that ships in assets/.
 
-    Raises ValueError where it can't be loaded or holds a restoration model.
+    Raises ValueError where it can't be loaded or holds a restoration model, with what to do.
     """
     path = path or CLASSIFIER
-    classifier, _ = load_model(path, device=device)
+    try:
+        classifier, _ = load_model(path, device=device)
+    except ValueError as error:                # no checkpoint, or one from before a task was added
+        raise ValueError(f"--classifier {error}; or name the task, such as --task noise") from None
     if not isinstance(classifier, TaskClassifier):
         raise ValueError(f"--classifier {path} is a restoration model, not a task classifier")
     return classifier

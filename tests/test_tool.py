@@ -432,7 +432,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(files, tmp_path, mo
 def test_words_that_belong_together_are_not_taken_for_a_checkpoint(tmp_path):
     """As a shell makes of --input *.png."""
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    assert "one picture or a folder" in refused("--input", tmp_path / "a.png", tmp_path / "b.png", "--output", tmp_path / "o")
+    assert "is a picture, not a checkpoint; give it, or a folder of pictures, as --input" in refused("--input", tmp_path / "a.png", tmp_path / "b.png", "--output", tmp_path / "o")
     assert "name another one" in refused("--input", tmp_path, "--output", f"{tmp_path}/.", "--task", "noise")
     assert "--input needs --output" in refused("--input", tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
