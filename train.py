@@ -1288,7 +1288,8 @@ def rates_and_begins(run):
     rates, begins, done = [], {}, 0
     for k, stage in enumerate(run.schedule, 1):
         begins[f"stage {k}"] = done
-        for t in range(1, stage.iterations + 1, max(stage.iterations // 200, 1)):
+        step = max(stage.iterations // 200, 1)
+        for t in (*range(1, stage.iterations, step), stage.iterations):
             lr = lr_at(t, stage.periods, run.recipe["lr"], run.recipe["eta_min"])
             rates.append((done + t, lr))
         done += stage.iterations
