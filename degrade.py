@@ -1163,6 +1163,13 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(f"{self.prog}: {message} (see python {self.prog} --help)")
 
 
+def lacks_memory(error):
+    """Whether an exception says that memory ran out. numpy raises MemoryError; torch RuntimeError,
+    which only its words tell from others: CUDA's "an illegal memory access" is a fault."""
+    words = repr(error).lower()
+    return "memory" in words and "illegal" not in words
+
+
 @contextlib.contextmanager
 def ends_in_one_line(program):
     """Around the work of a command: whatever ends it early is one line and a non-zero exit. What
@@ -1188,8 +1195,8 @@ def ends_in_one_line(program):
         sys.exit(128 + number)
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
-    except (MemoryError, RuntimeError) as error:       # torch says RuntimeError of memory, too
-        if "memory" not in repr(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         sys.exit(f"{program}: not enough memory ({' '.join(str(error).split())})")
     finally:

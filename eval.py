@@ -54,9 +54,9 @@ from torch.nn import functional as F
 
 # The four files depend on each other in one direction: mioir <- degrade <- eval <- train.
 from degrade import (RANGES, SUFFIXES, OneLineParser, dead_leaves, degrade, ends_in_one_line,
-                     find_depths, gaussian_taps, list_images, nfc, open_image, progress, read_photo,
-                     require_folder, seeded, short_name, time_left, to_image, to_rgb, to_tensor,
-                     whole_file)
+                     find_depths, gaussian_taps, lacks_memory, list_images, nfc, open_image,
+                     progress, read_photo, require_folder, seeded, short_name, time_left, to_image,
+                     to_rgb, to_tensor, whole_file)
 from mioir import (ANSWERS, TASKS, TaskClassifier, auto_tile, check_tile, choose_task,
                    classify, load_model, parse_task, restore)
 
@@ -857,13 +857,6 @@ def save_picture(target, picture, original, untouched=None):
 # ---- Memory, time, precision ---------------------------------------------------------------------
 # A photo of 24 megapixels has 1,465 times as many pixels as a training crop of 128 x 128. It takes
 # minutes on a CPU, and more memory than there is: it is restored in tiles, and says how far it is.
-
-def lacks_memory(error):
-    """Whether an exception says that memory ran out. numpy raises MemoryError; torch RuntimeError,
-    which only its words tell from others: CUDA's "an illegal memory access" is a fault."""
-    words = repr(error).lower()
-    return "memory" in words and "illegal" not in words
-
 
 @contextlib.contextmanager
 def memory_errors_explained(h, w, tile):

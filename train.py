@@ -62,11 +62,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from degrade import (ImageCache, OneLineParser, apply, clock, draw, ends_in_one_line, item_name,
-                     jpeg, leaf_items, photo_items, read_image, require_folder, seeded,
-                     usable_cores, whole_file)
+                     jpeg, lacks_memory, leaf_items, photo_items, read_image, require_folder,
+                     seeded, usable_cores, whole_file)
 from eval import (builtin_images, clean_pairs, confusion, confusion_text, curves_picture, figure,
-                  input_psnr, lacks_memory, markdown, match_pairs, matrix_picture, mean_psnr,
-                  plain_mean, read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
+                  input_psnr, markdown, match_pairs, matrix_picture, mean_psnr, plain_mean,
+                  read_prompts, set_precision, task_strips, tune_cpu, validation_pairs)
 from mioir import (ANSWERS, TASKS, DropPath, ResidualBlock, RestormerBlock, SRResNet,
                    WindowBlock, build_classifier, build_model, load_model, read_checkpoint)
 

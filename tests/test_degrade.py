@@ -707,3 +707,10 @@ def test_a_name_that_is_not_utf_8_is_handled_on_any_terminal(tmp_path):
     assert run.returncode == 0 and "\\udce9" in said[0] and "Traceback" not in said[1]
     assert all((tmp_path / out / out / "single_indis" / task / name).exists() for task in TASKS)
     assert b"caf\xe9 \xc3\xa9" in (tmp_path / out / out / "params.csv").read_bytes()
+
+
+def test_memory_that_is_lacking_is_one_line_and_an_illegal_access_a_fault():
+    with pytest.raises(SystemExit, match="x.py: not enough memory"), d.ends_in_one_line("x.py"):
+        raise RuntimeError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="illegal"), d.ends_in_one_line("x.py"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
